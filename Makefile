@@ -1,0 +1,72 @@
+# Every target sets up what it needs and may be run twice. `make` alone lists them.
+PYTHON ?= python3
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ritz-installed
+BENCH := .venv-bench
+BENCH_STAMP := $(BENCH)/.ritz-installed
+
+# One thread per test process: the tests are many and small, so threads only get into each other's way.
+RUN_TESTS := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest
+
+.PHONY: help venv test test-all demo lint types doctest examples bench-env bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP)  ## create .venv with pinned versions and an editable ritz
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo "== creating $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV) || { \
+	  echo "Python's venv module does not work here; install it (on Debian: python3-venv) or set PYTHON=..."; exit 1; }; }
+	@echo "== installing torch (pinned in constraints.txt)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	@echo "== installing ritz (editable) and its development tools"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+test: $(STAMP)  ## run the tests, except those marked slow
+	$(RUN_TESTS) -n $(JOBS) -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(STAMP)  ## run all tests
+	$(RUN_TESTS) -n $(JOBS) $(PYTEST_ARGS)
+
+demo: $(STAMP)  ## fit a Gaussian process to the shipped elevators set, within two minutes
+	$(BIN)/ritz demo
+
+lint: $(STAMP)  ## ruff
+	$(BIN)/ruff check .
+
+types: $(STAMP)  ## mypy
+	$(BIN)/mypy
+
+doctest: $(STAMP)  ## run the examples in the docstrings
+	$(RUN_TESTS) --doctest-modules src/ritz $(PYTEST_ARGS)
+
+examples: $(STAMP)  ## run every script in examples/ at its small size
+	@set -e; for script in examples/*.py; do \
+	  test -e "$$script" || { echo "no scripts in examples/"; break; }; \
+	  echo "== $$script"; RITZ_SMALL=1 MPLBACKEND=Agg $(BIN)/python "$$script"; \
+	done
+
+bench-env: $(BENCH_STAMP)  ## create .venv-bench with the packages that we compare with
+
+$(BENCH_STAMP): pyproject.toml constraints.txt
+	@test -x $(BENCH)/bin/python || { echo "== creating $(BENCH)"; $(PYTHON) -m venv $(BENCH); }
+	@echo "== installing torch (pinned in constraints.txt)"
+	$(BENCH)/bin/python -m pip install --quiet -c constraints.txt torch
+	@echo "== installing the peers and ritz (not pinned: claims hold against what people install today)"
+	$(BENCH)/bin/python -m pip install --quiet jax jaxlib matfree gpytorch scipy matplotlib -e '.[all]' "torch==$$($(BENCH)/bin/python -c 'import torch; print(torch.__version__.split("+")[0])')"
+	@# Some peers pull in torchvision, whose build may not match the torch above and then breaks at import.
+	@$(BENCH)/bin/python -m pip uninstall --quiet --yes torchvision 2>/dev/null || true
+	@touch $@
+
+bench: $(BENCH_STAMP)  ## measure gradients against the peers
+	$(BENCH)/bin/python benchmarks/gradients.py
+
+clean:  ## remove environments, caches and built files
+	rm -rf $(VENV) $(BENCH) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,104 @@
+"""Classical Gram–Schmidt against a whole basis at once: the one orthogonalisation of every iteration here.
+
+One pass is two matrix–vector products with the basis (BLAS 2, or BLAS 3 over several runs), never a scan over its
+vectors. One pass leaves an error of order eps·‖w‖/‖w_new‖; the second removes it ("twice is enough"). Shapes: m
+independent runs, j basis vectors each, length n; bases are stored row by row, Q (m, j, n).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def coefficients(Q: Tensor, W: Tensor) -> Tensor:
+    """Return c (m, j) with c_i = q_iᴴ w, for Q (m, j, n) and W (m, n).
+
+    The conjugate is put on the vectors: conj(Q conj(w)) costs O(n) where conjugating the basis would copy it.
+    """
+    Wc = W.conj_physical() if W.is_complex() else W
+    if Q.shape[0] == 1:
+        c = torch.mv(Q[0], Wc[0]).unsqueeze(0)
+    else:  # wᵀQᵀ, not Qw: the same sum, but 2–10 times faster as a batched product (measured, 2 cores)
+        c = torch.bmm(Wc.unsqueeze(1), Q.mT).squeeze(1)
+    return c.conj_physical_() if c.is_complex() else c
+
+
+def subtract(Q: Tensor, c: Tensor, W: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return W − Σ_i c_i q_i (m, n); in place with ``out=W``, otherwise W is left as it is."""
+    if Q.shape[0] == 1:
+        if out is W:
+            W[0].addmv_(Q[0].t(), c[0], alpha=-1)
+            return W
+        return torch.addmv(W[0], Q[0].t(), c[0], alpha=-1).unsqueeze(0)
+    if out is W:
+        W.unsqueeze(1).baddbmm_(c.unsqueeze(1), Q, alpha=-1)
+        return W
+    return torch.baddbmm(W.unsqueeze(1), c.unsqueeze(1), Q, alpha=-1).squeeze(1)
+
+
+def add(Q: Tensor, c: Tensor, W: Tensor) -> Tensor:
+    """Add Σ_i c_i q_i to W (m, n) in place, and return it."""
+    if Q.shape[0] == 1:
+        W[0].addmv_(Q[0].t(), c[0])
+    else:
+        W.unsqueeze(1).baddbmm_(c.unsqueeze(1), Q)
+    return W
+
+
+def project_out(Q: Tensor, W: Tensor, passes: int = 2) -> tuple[Tensor, Tensor]:
+    """Remove from every w its part in the span of the (orthonormal or zero) rows of its basis.
+
+    Args:      Q: bases (m, j, n), j ≥ 1.  W: vectors (m, n), not changed.  passes: 2 for orthogonality to working
+               precision, 1 for a plain Gram–Schmidt step.
+    Returns:   (W − Qᵀc, c): the remainder (m, n), newly allocated, and the coefficients c_i = q_iᴴw (m, j), summed
+               over the passes, so that w = Σ c_i q_i + remainder to rounding.
+    Cost:      2·passes readings of the basis.
+    Reference: Giraud, Langou, Rozložník, van den Eshof 2005 (why the second pass suffices).
+    """
+    if Q.shape[0] == 1 and not W.is_complex():  # the same with fewer views: a step of a short run feels each of them
+        q, w = Q[0], W[0]
+        qt = q.t()
+        c = torch.mv(q, w)
+        w = torch.addmv(w, qt, c, alpha=-1)
+        for _ in range(passes - 1):
+            correction = torch.mv(q, w)
+            w.addmv_(qt, correction, alpha=-1)
+            c += correction
+        return w.unsqueeze(0), c.unsqueeze(0)
+    c = coefficients(Q, W)
+    R = subtract(Q, c, W)
+    for _ in range(passes - 1):
+        correction = coefficients(Q, R)
+        R = subtract(Q, correction, R, out=R)
+        c += correction
+    return R, c
+
+
+def norms(W: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return the 2-norms (m,) of the rows of W (m, n), real; into ``out`` where given.
+
+    Half and single precision are summed in float64: a float32 sum of 10⁷ squares is wrong in the fourth digit, and
+    squares below 1e-38 vanish. Devices without float64 (MPS) sum in float32.
+    """
+    low = W.dtype not in (torch.float64, torch.complex128) and W.device.type != "mps"
+    if not low:
+        return torch.linalg.vector_norm(W, dim=1, out=out)
+    wide = torch.complex128 if W.is_complex() else torch.float64
+    real = W.real.dtype if W.is_complex() else W.dtype
+    value = torch.linalg.vector_norm(W, dim=1, dtype=wide)
+    return value.to(real) if out is None else out.copy_(value)
+
+
+def safe_norms(W: Tensor) -> Tensor:
+    """Return the 2-norms (m,) of the rows of W without overflow or underflow of the squares (zero rows give 0)."""
+    largest = torch.linalg.vector_norm(W, ord=torch.inf, dim=1)
+    scale = largest.masked_fill(largest == 0, 1)
+    return largest * norms(W / scale.unsqueeze(1))
+
+
+def dots(X: Tensor, Y: Tensor) -> Tensor:
+    """Return x_iᴴ y_i (m,) for the rows of X and Y (m, n)."""
+    if X.shape[0] == 1:
+        return torch.vdot(X[0], Y[0]).unsqueeze(0)
+    return torch.linalg.vecdot(X, Y)

@@ -1,0 +1,38 @@
+"""What tests need, public so that you can test your own operators: problems, dense references, naive loops."""
+
+from ritz.testing import loops, market, matrices, oracles
+from ritz.testing.market import Problem, problem, problems
+from ritz.testing.matrices import (
+    CoraGraph,
+    advection_diffusion_1d,
+    cora_graph,
+    graph_laplacian,
+    hilbert,
+    laplacian_1d,
+    laplacian_2d,
+    laplacian_3d,
+    read_matrix_market,
+    suitesparse,
+)
+
+# check_operator and check_gradient live in ritz.testing.checks.
+
+__all__ = [
+    "CoraGraph",
+    "Problem",
+    "advection_diffusion_1d",
+    "cora_graph",
+    "graph_laplacian",
+    "hilbert",
+    "laplacian_1d",
+    "laplacian_2d",
+    "laplacian_3d",
+    "loops",
+    "market",
+    "matrices",
+    "oracles",
+    "problem",
+    "problems",
+    "read_matrix_market",
+    "suitesparse",
+]
