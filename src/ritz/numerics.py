@@ -8,15 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .errors import NonFiniteError, OperandError
+from .errors import NonFiniteError, OperandError, TransformError
 
 Autocast = tuple[bool, torch.dtype]
 _outer_autocast: contextvars.ContextVar[dict[str, Autocast] | None] = contextvars.ContextVar("autocast", default=None)
+
+VMAP_REFUSED = (
+    "{name} is batched by torch.func.vmap (hessian, jacrev, jacfwd and is_grads_batched use it too), which this "
+    "primitive does not serve; give several vectors as the columns of a block (n, m), or loop"
+)
+FORWARD_REFUSED = (
+    "{name} carries a forward-mode tangent, which this primitive does not serve; use reverse mode (backward, "
+    "torch.autograd.grad, torch.func.grad), or gradient=ritz.Unrolled()"
+)
 
 
 def _autocast_state() -> dict[str, Autocast]:
@@ -31,12 +43,17 @@ def user_autocast() -> dict[str, Autocast]:
 @contextlib.contextmanager
 def under_autocast(state: dict[str, Autocast], device: torch.device) -> Iterator[None]:
     """Run a user's callable under the autocast state recorded by :func:`user_autocast`."""
-    enabled, dtype = state.get(device.type, (False, torch.float32))
-    if enabled == torch.is_autocast_enabled(device.type) if device.type in state else True:
-        yield
-        return
-    with torch.autocast(device.type, dtype=dtype, enabled=enabled):
-        yield
+    # Inside, the callable's own state is the user's: it may open an autocast region and use ritz in there.
+    token = _outer_autocast.set(None)
+    try:
+        enabled, dtype = state.get(device.type, (False, torch.float32))
+        if not enabled and not (device.type in state and torch.is_autocast_enabled(device.type)):
+            yield
+            return
+        with torch.autocast(device.type, dtype=dtype, enabled=enabled):
+            yield
+    finally:
+        _outer_autocast.reset(token)
 
 
 @contextlib.contextmanager
@@ -49,41 +66,75 @@ def full_precision() -> Iterator[None]:
             for device, (enabled, dtype) in state.items():
                 if enabled:
                     stack.enter_context(torch.autocast(device, dtype=dtype, enabled=False))
-            stack.enter_context(_ieee())
+            stack.enter_context(_ieee)
             yield
     finally:
         if token is not None:
             _outer_autocast.reset(token)
 
 
-@contextlib.contextmanager
-def _ieee() -> Iterator[None]:
-    backends = [b for b in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if hasattr(b, "fp32_precision")]
-    if len(backends) == 2:
-        before = [b.fp32_precision for b in backends]
-        changed = [(b, p) for b, p in zip(backends, before, strict=True) if p not in ("ieee", "none")]
-        parent = torch.backends.fp32_precision
-        if not changed and parent in ("ieee", "none"):
-            yield
-            return
-        try:
-            for b in backends:
-                b.fp32_precision = "ieee"
-            yield
-        finally:
-            for b, p in zip(backends, before, strict=True):
+def without_autocast() -> contextlib.AbstractContextManager[None]:
+    """The cheap part of :func:`full_precision` for a single product: nothing at all where autocast is off."""
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return full_precision()
+    return contextlib.nullcontext()
+
+
+class _Ieee:
+    """IEEE precision for float32 products while anybody is inside.
+
+    The flags belong to the process: the first thread in saves and sets them, the last one out restores them, so that
+    no thread takes another one's setting for the user's.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: list[tuple[Any, str]] | str | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = self._set()
+            self._inside += 1
+
+    def __exit__(self, *exc: Any) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._restore()
+
+    @staticmethod
+    def _set() -> list[tuple[Any, str]] | str | None:
+        found = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        backends = [b for b in found if hasattr(b, "fp32_precision")]
+        if len(backends) < 2:  # torch < 2.9 knows only this one flag
+            before_legacy = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+            return before_legacy
+        before = [(b, b.fp32_precision) for b in backends]
+        changed = [(b, p) for b, p in before if p not in ("ieee", "none")]
+        if not changed and torch.backends.fp32_precision in ("ieee", "none"):
+            return None
+        for b in backends:
+            b.fp32_precision = "ieee"
+        return before
+
+    def _restore(self) -> None:
+        if isinstance(self._before, str):
+            torch.set_float32_matmul_precision(self._before)
+        elif self._before is not None:
+            for b, p in self._before:
                 b.fp32_precision = p
-        return
-    before_legacy = torch.get_float32_matmul_precision()  # torch < 2.9 knows only this one flag
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before_legacy)
+        self._before = None
+
+
+_ieee = _Ieee()
 
 
 def check_finite(x: Tensor, name: str) -> None:
     """Raise :class:`NonFiniteError` naming ``name`` when ``x`` holds NaN or Inf."""
+    refuse_vmap(x, name)
     # One reduction instead of isfinite().all(): a sum is finite unless an entry is not, or it overflows.
     with torch.no_grad():
         if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
@@ -107,3 +158,53 @@ def as_block(x: Tensor, rows: int, name: str, *, dtype: torch.dtype, device: tor
             f"{name} is {x.dtype} on {x.device}; the operator is {dtype} on {device}: convert one of them with .to(...)"
         )
     return x.unsqueeze(1) if x.ndim == 1 else x
+
+
+# -- function transforms ----------------------------------------------------------------------------------------------
+
+
+def in_transform() -> bool:
+    """Whether a torch.func transform is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def refuse_transforms(x: Tensor, name: str) -> None:
+    """Raise by name under vmap and forward mode, which the rules do not serve (they would be silently wrong)."""
+    refuse_vmap(x, name)
+    functorch = torch._C._functorch
+    inner = x
+    while True:
+        if has_tangent(inner):
+            raise TransformError(FORWARD_REFUSED.format(name=name))
+        if not functorch.is_gradtrackingtensor(inner):
+            return
+        inner = functorch.get_unwrapped(inner)
+
+
+def refuse_vmap(x: Tensor, name: str) -> None:
+    """Raise :class:`TransformError` where ``x`` stands for a batch of tensors."""
+    functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(x):
+        x = functorch.get_unwrapped(x)
+    if functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x):
+        raise TransformError(VMAP_REFUSED.format(name=name))
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether ``x`` is a dual number of forward mode."""
+    if forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
+def unwrap(x: Tensor) -> Tensor:
+    """The tensor under the wrappers of torch.func.grad and vjp."""
+    functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(x):
+        x = functorch.get_unwrapped(x)
+    return x
+
+
+def version(x: Tensor) -> int:
+    """The count of in-place changes of ``x``; 0 where nobody keeps one (inference mode)."""
+    return 0 if x.is_inference() else x._version

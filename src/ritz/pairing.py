@@ -20,25 +20,30 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .errors import OperandError, SecondDerivativeError, TransformError
-from .numerics import full_precision
+from .numerics import (
+    FORWARD_REFUSED,
+    VMAP_REFUSED,
+    full_precision,
+    has_tangent,
+    in_transform,
+    refuse_transforms,
+    refuse_vmap,
+    unwrap,
+    version,
+)
 from .operators.base import Gradients, LinearOperator
 
-VMAP_REFUSED = (
-    "a ritz primitive was reached by torch.func.vmap (hessian, jacrev and jacfwd use it too), which it does not serve; "
-    "give several vectors as the columns of a block (n, m), or loop"
-)
-FORWARD_REFUSED = (
-    "{name} carries a forward-mode tangent, which this primitive does not serve; use reverse mode (backward, "
-    "torch.autograd.grad, torch.func.grad), or gradient=ritz.Unrolled()"
-)
 PAIR_CHUNK = 32  # columns of one re-evaluation of a callable in backward: bounds the memory of its graph
 
 
 class Pair(NamedTuple):
-    """One term ⟨Λ, dA (Q C)⟩ of (P): ``Lam`` (n, r), ``coefficients`` C (k, r), or None for the identity."""
+    """One term ⟨Λ, dA (Q C)⟩ of (P), Q a block of the plan and C ``coefficients`` (None for the identity).
+
+    Either plain blocks, Λ (n, r) with Q (n, k) and C (k, r), or batches of Krylov bases stored by rows, Λ (m, r, n)
+    with Q (m, k, n) and C (m, k, r), meaning the sum over the batch.
+    """
 
     Lam: Tensor
     coefficients: Tensor | None = None
@@ -59,13 +64,13 @@ class _Plan:
     """Everything backward needs that is not a differentiable tensor."""
 
     operators: tuple[LinearOperator, ...]  # one per block of Q: the bound operator, or its adjoint
-    blocks: tuple[Tensor, ...]  # Q, known in the forward pass
+    blocks: tuple[Tensor, ...]  # Q, known in the forward pass: (n, k), or (m, k, n) for a batch of bases
     values: tuple[Tensor, ...]
     rule: Rule
     name: str
     deferred: bool
     num_inputs: int
-    slots: list[tuple[int, ...]] = field(default_factory=list)  # for each operator: positions of its tensors
+    versions: list[tuple[Tensor, int]] = field(default_factory=list)  # what must not change in place before backward
 
 
 class Run:
@@ -101,14 +106,15 @@ class Run:
         """A X for a block (n, m)."""
         self.num_matvecs += X.shape[1]
         if not self._fresh:
-            return self.bound._matmat(X)
-        self._fresh = False
-        if self._grad_mode:
-            Y, self.bound = self.A.capture(X)
+            Y = self.bound._matmat(X)
         else:
-            Y = self.A._matmat(X)
-        refuse_transforms(Y, "the product")
-        return Y
+            self._fresh = False
+            if self._grad_mode:
+                Y, self.bound = self.A.capture(X)
+            else:
+                Y = self.A._matmat(X)
+            refuse_transforms(Y, "the product")
+        return Y.clone() if Y is X else Y  # the identity must not hand out its operand: callers write into Y
 
     def adjoint(self, width: int) -> Callable[[Tensor], Tensor]:
         """Aᴴ X for many blocks of one width, inside or outside of the block (backward)."""
@@ -116,7 +122,10 @@ class Run:
 
         def product(X: Tensor) -> Tensor:
             self.num_matvecs += X.shape[1]
-            return inner(X)
+            Y = inner(X)
+            if self._fresh:
+                refuse_transforms(Y, "the adjoint product")
+            return Y.clone() if Y is X else Y
 
         return product
 
@@ -146,7 +155,7 @@ class Run:
             values: outputs, computed without a graph.
             rule: maps one cotangent per value (None where zero) to :class:`Cotangents`; runs in backward without a
                 graph.
-            blocks: the blocks Q (n, k) that the pairs refer to.
+            blocks: the blocks Q that the pairs refer to, (n, k), or (m, k, n) for batches of bases.
             adjoint: for each block, whether it goes through Aᴴ instead of A.
             name: what is differentiated, for error messages.
         """
@@ -159,7 +168,8 @@ class Run:
             tensors = self.bound.tensors()
         else:
             with torch.enable_grad(), full_precision():
-                tensors = tuple(op._matmat(Q) for op, Q in zip(operators, blocks, strict=True))
+                tensors = tuple(op._matmat(_as_columns(Q)) for op, Q in zip(operators, blocks, strict=True))
+        plan.versions = [(t, version(t)) for t in (*self.inputs, *tensors, *blocks)]
         return _Attach.apply(plan, *self.inputs, *tensors)
 
 
@@ -169,7 +179,12 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(plan: _Plan, *args: Tensor) -> tuple[Tensor, ...]:
         values, plan.values = plan.values, ()
-        return tuple(_unwrap(v) for v in values)
+        # The caller may change its values in place and a rule may read them again. Values that are blocks as well
+        # (a basis, a solution) are not copied but watched; a new tensor in any case, since a block that is also an
+        # output would hold its own graph alive.
+        held = {b.untyped_storage().data_ptr() for b in map(unwrap, plan.blocks)}
+        plain = (unwrap(v) for v in values)
+        return tuple(v.detach() if v.untyped_storage().data_ptr() in held else v.clone() for v in plain)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -183,14 +198,23 @@ class _Attach(torch.autograd.Function):
         plan: _Plan = ctx.plan
         args = ctx.saved_tensors  # raises if one of them was changed in place
         needs = ctx.needs_input_grad[1:]
+        for c in cotangents:
+            if c is not None:
+                refuse_vmap(c, f"the cotangent of {plan.name}")
+        for t, before in plan.versions:
+            if version(t) != before:
+                raise RuntimeError(
+                    f"{plan.name}: a tensor of shape {tuple(t.shape)} that its gradient needs was changed in place "
+                    "between the forward pass and backward: change a copy, or call backward first"
+                )
         with torch.no_grad(), full_precision():
             for operator in plan.operators:
                 operator.check_unchanged()
             result = plan.rule(*cotangents)
             grads: list[Tensor | None] = list(result.inputs)
-            grads += _contract(plan, result.pairs, any(needs[plan.num_inputs :]))
+            grads += _contract(plan, result.pairs, len(args) - plan.num_inputs, any(needs[plan.num_inputs :]))
             grads = [
-                _unwrap(g.to(a.dtype).reshape(a.shape)) if (g is not None and need) else None
+                unwrap(g.to(a.dtype).reshape(a.shape)) if (g is not None and need) else None
                 for g, a, need in zip(grads, args, needs, strict=True)
             ]
         if torch.is_grad_enabled():
@@ -199,39 +223,53 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def vmap(*_: Any) -> Any:
-        raise TransformError(VMAP_REFUSED)
+        raise TransformError(VMAP_REFUSED.format(name="an operand"))
 
     @staticmethod
     def jvp(*_: Any) -> Any:
-        raise TransformError(FORWARD_REFUSED.format(name="a ritz primitive's operand"))
+        raise TransformError(FORWARD_REFUSED.format(name="an operand"))
 
 
-def _contract(plan: _Plan, pairs: Sequence[Pair | None], needed: bool) -> list[Tensor | None]:
+def _contract(plan: _Plan, pairs: Sequence[Pair | None], number: int, needed: bool) -> list[Tensor | None]:
     """Gradients of the tensors (deferred), or cotangents of the recorded products."""
     if not plan.deferred:
-        out: list[Tensor | None] = []
-        for pair in pairs:
-            if pair is None:
-                out.append(None)
-            else:
-                out.append(pair.Lam if pair.coefficients is None else pair.Lam @ pair.coefficients.mH)
-        return out
-    total: list[Tensor | None] = [None] * len(plan.operators[0].tensors())
+        return [None if pair is None else _as_columns(_spread(pair)) for pair in pairs]
+    total: list[Tensor | None] = [None] * number
     if not needed:
         return total
     for operator, Q, pair in zip(plan.operators, plan.blocks, pairs, strict=True):
-        if pair is None or pair.Lam.shape[1] == 0:
+        if pair is None or not pair.Lam.numel():
             continue
-        block = Q if pair.coefficients is None else Q @ pair.coefficients
-        for i, g in enumerate(operator.pair(pair.Lam, block)):
+        for i, g in enumerate(operator.pair(_as_columns(pair.Lam), _as_columns(_effective(Q, pair.coefficients)))):
             if g is not None:
                 total[i] = g if total[i] is None else total[i] + g  # type: ignore[operator]
     return total
 
 
+def _as_columns(Q: Tensor) -> Tensor:
+    """A block (n, k) from a block or from a batch of bases (m, k, n)."""
+    return Q if Q.ndim == 2 else Q.flatten(0, 1).mT
+
+
+def _effective(Q: Tensor, C: Tensor | None) -> Tensor:
+    """Q C, in the layout of Q."""
+    if C is None:
+        return Q
+    return Q @ C if Q.ndim == 2 else C.to(Q.dtype).mT @ Q
+
+
+def _spread(pair: Pair) -> Tensor:
+    """Λ Cᴴ, the cotangent of the products with all of Q."""
+    Lam, C = pair
+    if C is None:
+        return Lam
+    return Lam @ C.mH if Lam.ndim == 2 else C.to(Lam.dtype).conj() @ Lam
+
+
 class _Refuse(torch.autograd.Function):
     """Identity whose backward raises by name.
 
+    ``once_differentiable`` guards only where the cotangent requires grad, and the engine skips nodes that do not lead
     to a requested input: most second derivatives would come out silently wrong. So each gradient passes through a
     node that has every input, tensor and cotangent as its inputs, and whichever is asked for leads here.
     """
@@ -253,7 +291,7 @@ class _Refuse(torch.autograd.Function):
 
     @staticmethod
     def vmap(*_: Any) -> Any:
-        raise TransformError(VMAP_REFUSED)
+        raise TransformError(VMAP_REFUSED.format(name="an operand"))
 
 
 class _Product(torch.autograd.Function):
@@ -274,8 +312,10 @@ class _Product(torch.autograd.Function):
         X, *tensors = ctx.saved_tensors
         A, needs = ctx.A, ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # a second derivative is wanted: differentiate the recorded product instead
-            wanted = [t for t, need in zip((X, *tensors), needs, strict=True) if need]
-            found = iter(torch.autograd.grad(A._recorded(X), wanted, G, create_graph=True, allow_unused=True))
+            # ... through aliases: X may be computed from a tensor of A, and the engine does not stop at X.
+            aliases = [t.view_as(t) for t in (X, *tensors)]
+            wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
+            found = iter(torch.autograd.grad(A._recorded(*aliases), wanted, G, create_graph=True, allow_unused=True))
             return (None, *(next(found) if need else None for need in needs))
         with full_precision():
             grad_X = A._rmatmat(G) if needs[0] else None
@@ -284,20 +324,21 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def vmap(*_: Any) -> Any:
-        raise TransformError(VMAP_REFUSED)
+        raise TransformError(VMAP_REFUSED.format(name="an operand"))
 
 
 def product(A: Any, X: Tensor) -> Tensor:
     """A X, differentiable to any order in A's tensors and X, with A's own pairing for the first derivative.
 
-    ``A`` has ``_numeric`` (the product without a graph) and ``_recorded`` (in plain differentiable operations).
+    ``A`` has ``_numeric(X)`` (the product without a graph) and ``_recorded(X, *A.tensors())`` (in plain differentiable
+    operations on its arguments).
     """
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (X, *A.tensors())):
-        if _has_tangent(X) or any(_has_tangent(t) for t in A.tensors()) or in_transform():
-            return A._recorded(X)
+        if has_tangent(X) or any(has_tangent(t) for t in A.tensors()) or in_transform():
+            return A._recorded(X, *A.tensors())
         return A._numeric(X)
-    if in_transform() or any(_has_tangent(t) for t in (X, *A.tensors())):
-        return A._recorded(X)
+    if in_transform() or any(has_tangent(t) for t in (X, *A.tensors())):
+        return A._recorded(X, *A.tensors())
     return _Product.apply(A, X, *A.tensors())
 
 
@@ -318,45 +359,11 @@ def pair_by_autograd(
             H = product(Q[:, start : start + chunk])
         if not H.requires_grad:
             continue
-        parts = torch.autograd.grad(H, wanted, Lam[:, start : start + chunk], allow_unused=True)
+        # The graph is retained because a callable may keep part of it (a factor that it computed once and caches).
+        parts = torch.autograd.grad(H, wanted, Lam[:, start : start + chunk], allow_unused=True, retain_graph=True)
         total = [b if a is None else (a if b is None else a + b) for a, b in zip(total, parts, strict=True)]
     found = iter(total)
     return tuple(next(found) if t.requires_grad else None for t in tensors)
-
-
-def in_transform() -> bool:
-    """Whether a torch.func transform is active."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def refuse_transforms(x: Tensor, name: str) -> None:
-    """Raise by name under vmap and forward mode, which the rules do not serve (they would be silently wrong)."""
-    functorch = torch._C._functorch
-    inner, levels = x, 0
-    while functorch.is_gradtrackingtensor(inner) or functorch.is_batchedtensor(inner):
-        if functorch.is_batchedtensor(inner):
-            raise TransformError(
-                f"{name} is batched by torch.func.vmap, which this primitive does not serve; give several vectors as "
-                "the columns of a block (n, m) instead, or loop over operators"
-            )
-        if _has_tangent(inner):
-            break
-        inner, levels = functorch.get_unwrapped(inner), levels + 1
-    if _has_tangent(x) or _has_tangent(inner):
-        raise TransformError(FORWARD_REFUSED.format(name=name))
-
-
-def _has_tangent(x: Tensor) -> bool:
-    if forward_ad._current_level < 0:
-        return False
-    return forward_ad.unpack_dual(x).tangent is not None
-
-
-def _unwrap(x: Tensor) -> Tensor:
-    functorch = torch._C._functorch
-    while functorch.is_gradtrackingtensor(x):
-        x = functorch.get_unwrapped(x)
-    return x
 
 
 def _zero_column(A: LinearOperator) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .adjoint import Product, adjoint_one_pass, adjoint_orthonormal, mask_rows
-from .orthogonalize import norms, project_out, safe_norms
+from .orthogonalize import columns, norms, project_out, safe_norms
 from .progress import progress
 
 
@@ -21,7 +21,7 @@ class ArnoldiState:
     """A finished run. Row j of Q[i] is the basis vector q_{j+1} of starting vector i.
 
     Past ``depth`` a run is masked: Q rows are zero, the residual is zero, and H is zero but for H[:, 0, 0] on the
-    diagonal (so that functions of H stay harmless there). ``last == 0`` says that a run broke down.
+    diagonal (so that functions of H stay harmless there). A zero residual says that a run broke down.
     """
 
     Q: Tensor  # (m, k, n), orthonormal rows
@@ -29,7 +29,6 @@ class ArnoldiState:
     residual: Tensor  # (m, n), not normalised
     norm: Tensor  # (m,) real, norm of the starting vector
     depth: Tensor  # (m,) int64, number of basis vectors that exist
-    last: Tensor  # (m,) real, norm of the residual
 
 
 def run_arnoldi(
@@ -59,16 +58,16 @@ def run_arnoldi(
     else:
         W, norm = state.residual, state.norm
         Q[:, :first], H[:, :first, :first] = state.Q, state.H
-        if first < k:
-            H[:, first, first - 1] = state.last
-        run = progress(state.last, _largest(state))
+        last = norms(state.residual)
+        H[:, first, first - 1] = last
+        run = progress(last, _largest(state.H, last))
     rows = Q.unbind(1)
     passes = 2 if reorthogonalize else 1
     j = first
     while j < k and run.any():
         q = rows[j]
         torch.div(W, run.divisor(), out=q)
-        W, c = project_out(Q[:, : j + 1], matmat(q.mT).mT, passes)
+        W, c = project_out(Q[:, : j + 1], matmat(columns(q)).mT, passes)
         run.record(norms(c), norms(W))
         H[:, : j + 1, j] = c
         if j + 1 < k:
@@ -81,11 +80,51 @@ def run_arnoldi(
         past = torch.arange(k, device=V.device) >= depth.unsqueeze(1)
         H.diagonal(dim1=1, dim2=2).copy_(torch.where(past, H[:, 0, :1], H.diagonal(dim1=1, dim2=2)))
         W = W * run.live.unsqueeze(1)
-    return ArnoldiState(Q, H, W, norm, depth, run.length)
+    return ArnoldiState(Q, H, W, norm, depth)
 
 
-def _largest(state: ArnoldiState) -> Tensor:
-    """Return the estimate of ‖A‖ (m,) that a run had reached: column norms of H plus the subdiagonal."""
-    columns = state.H.abs().triu()
-    sub = torch.cat([state.H.diagonal(-1, 1, 2).abs(), state.last.unsqueeze(1)], 1)
-    return (torch.linalg.vector_norm(columns, dim=1) + sub).amax(1)
+def _largest(H: Tensor, last: Tensor) -> Tensor:
+    """Return the estimate of ‖A‖ (m,) that a run had reached: column norms of H, subdiagonal added."""
+    sub = torch.cat([H.diagonal(-1, 1, 2).abs(), last.unsqueeze(1)], 1)
+    return (torch.linalg.vector_norm(H.triu(), dim=1) + sub).amax(1)
+
+
+def adjoint_arnoldi(
+    rmatmat: Product,
+    state: ArnoldiState,
+    *,
+    Q_bar: Tensor | None = None,
+    H_bar: Tensor | None = None,
+    residual_bar: Tensor | None = None,
+    norm_bar: Tensor | None = None,
+    reorthogonalize: bool = True,
+    project: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Reverse mode of :func:`run_arnoldi`: multipliers Λ and v̄ with dℓ = Σ_j Re⟨λ_j, dA q_j⟩ + Re⟨v̄, dv⟩.
+
+    Args:      rmatmat: the product with Aᴴ, (n, m) → (n, m).  state: the finished run.  Q_bar (m, k, n), H_bar (m, k, k),
+               residual_bar (m, n), norm_bar (m,): cotangents, None for zero. Only the Hessenberg part of H_bar
+               is read, and of its subdiagonal the real part; cotangents of masked entries are ignored, but those of the
+               filler diagonal belong to H[0, 0].  reorthogonalize: as in the run.  project: see
+               :func:`adjoint_orthonormal`; False only for the study of the effect.
+    Returns:   (Λ (m, k, n), zero past the depth; v̄ (n, m), zero for v = 0).
+    Cost:      k products with Aᴴ on a block of m, about 5 readings of the basis a step, m·k vectors of memory.
+    """
+    m, k, _ = state.Q.shape
+    depth = state.depth
+    past = torch.arange(k, device=depth.device) >= depth.unsqueeze(1)
+    if H_bar is None:
+        H_bar = torch.zeros_like(state.H)
+    else:
+        filler = (H_bar.diagonal(0, 1, 2) * past).sum(1)
+        H_bar = H_bar.masked_fill(past.unsqueeze(1) | past.unsqueeze(2), 0)
+        H_bar[:, 0, 0] += filler * (depth > 0)
+    H = state.H.masked_fill(past.unsqueeze(1), 0)
+    if residual_bar is not None:
+        residual_bar = residual_bar * (norms(state.residual) > 0).unsqueeze(1)
+    bars = {"Q_bar": mask_rows(Q_bar, depth), "H_bar": H_bar, "residual_bar": residual_bar, "norm_bar": norm_bar}
+    if not reorthogonalize:
+        return adjoint_one_pass(rmatmat, state.Q, H, state.residual, state.norm, **bars)
+    return adjoint_orthonormal(
+        rmatmat, state.Q, H, state.residual, state.norm, depth, **bars, band=k, project=project
+    )

@@ -1,21 +1,20 @@
-"""Lanczos tridiagonalisation of a Hermitian operator: A Q = Q T + r e_kᵀ.
+"""Lanczos tridiagonalisation of a Hermitian operator, A Q = Q T + r e_kᵀ, and its reverse mode.
 
-m starting vectors run as independent iterations that share one block product a step. This file is the forward run;
-its reverse mode is in ``lanczos_adjoint.py`` (derivation: docs/derivations/lanczos.md).
+m starting vectors run as independent iterations that share one block product a step.
+Derivation of the adjoint: docs/derivations/lanczos.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .orthogonalize import dots, norms, project_out, safe_norms
+from .adjoint import Product, adjoint_orthonormal, guarded, mask_rows, real_dots, start_gradient
+from .orthogonalize import columns, dots, norms, project_out, safe_norms
 from .progress import progress
 
-Product = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class LanczosState:
@@ -68,7 +67,7 @@ def run_lanczos(
     while j < k and run.any():
         q = rows[j]
         torch.div(W, run.divisor(), out=q)
-        W = matmat(q.mT).mT
+        W = matmat(columns(q)).mT
         if reorthogonalize:
             W, c = project_out(Q[:, : j + 1], W)
             a = c[:, j]
@@ -95,3 +94,104 @@ def _three_term(q: Tensor, before: Tensor | None, W: Tensor, beta: Tensor) -> tu
     alpha = dots(q, W)
     alpha = alpha.real.contiguous() if alpha.is_complex() else alpha
     return torch.addcmul(W, q, alpha.unsqueeze(1).to(W.dtype), value=-1), alpha
+
+
+def adjoint_lanczos(
+    rmatmat: Product,
+    state: LanczosState,
+    *,
+    Q_bar: Tensor | None = None,
+    alpha_bar: Tensor | None = None,
+    beta_bar: Tensor | None = None,
+    residual_bar: Tensor | None = None,
+    norm_bar: Tensor | None = None,
+    reorthogonalize: bool = True,
+    project: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Reverse mode of :func:`run_lanczos`: multipliers Λ and v̄ with dℓ = Σ_j Re⟨λ_j, dA q_j⟩ + Re⟨v̄, dv⟩.
+
+    dA need not be Hermitian: the derivative is that of the loop, which reads A through its products only.
+
+    Args:      rmatmat: the product with Aᴴ, (n, m) → (n, m).  state: the finished run.  Q_bar (m, k, n), alpha_bar
+               (m, k), beta_bar (m, k - 1) for the off-diagonal of T, residual_bar (m, n) for the unnormalised residual,
+               norm_bar (m,): cotangents, None for zero. Those of masked entries are ignored, but those of the filler
+               in alpha belong to alpha[0].  reorthogonalize: as in the run; True differentiates the orthogonalised
+               loop, False the three-term recurrence.  project: see :func:`adjoint_orthonormal`; False only
+               for the study of the effect.
+    Returns:   (Λ (m, k, n), zero past the depth; v̄ (n, m), zero for v = 0).
+    Cost:      k products with Aᴴ on a block of m, m·k vectors of memory; 4 readings of the basis a step with
+               reorthogonalisation, none without.
+    Reference: Krämer, Moreno-Muñoz, Roy, Hauberg 2024, Theorem 4.2.
+    """
+    m, k, _ = state.Q.shape
+    depth = state.depth
+    past = torch.arange(k, device=depth.device) >= depth.unsqueeze(1)
+    Q_bar = mask_rows(Q_bar, depth)
+    if alpha_bar is None:
+        alpha_bar = torch.zeros_like(state.alpha)
+    else:
+        filler = (alpha_bar * past).sum(1)
+        alpha_bar = alpha_bar.masked_fill(past, 0)
+        alpha_bar[:, 0] += filler * (depth > 0)
+    beta = state.beta[:, :-1]
+    beta_bar = torch.zeros_like(beta) if beta_bar is None else beta_bar.masked_fill(past[:, 1:], 0)
+    if residual_bar is not None:
+        residual_bar = residual_bar * (state.beta[:, -1:] > 0)
+    alpha = state.alpha.masked_fill(past, 0)
+    if not reorthogonalize:
+        return _adjoint_three_term(rmatmat, state, alpha, Q_bar, alpha_bar, beta_bar, residual_bar, norm_bar)
+    dtype = state.Q.dtype
+    return adjoint_orthonormal(
+        rmatmat,
+        state.Q,
+        (torch.diag_embed(alpha) + torch.diag_embed(beta, 1) + torch.diag_embed(beta, -1)).to(dtype),
+        state.residual,
+        state.norm,
+        depth,
+        Q_bar=Q_bar,
+        H_bar=(torch.diag_embed(alpha_bar) + torch.diag_embed(beta_bar, -1)).to(dtype),
+        residual_bar=residual_bar,
+        norm_bar=norm_bar,
+        band=2,
+        project=project,
+    )
+
+
+def _adjoint_three_term(
+    rmatmat: Product,
+    state: LanczosState,
+    alpha: Tensor,
+    Q_bar: Tensor | None,
+    alpha_bar: Tensor,
+    beta_bar: Tensor,
+    residual_bar: Tensor | None,
+    norm_bar: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Reverse mode of the plain recurrence, statement by statement, with r̄_j the cotangent of the residual of step j:
+
+    ν = ᾱ_j − Re q_jᴴr̄_j,  λ_j = r̄_j + ν q_j,  x = q̄_j + Aᴴλ_j − α_j λ_j − β_j λ_{j+1} + ν r_j,
+    r̄_{j−1} = (x − q_j Re q_jᴴx)/β_{j−1} + (β̄_{j−1} − Re q_{j−1}ᴴλ_j) q_j .
+    """
+    Q, beta = state.Q, state.beta
+    k = Q.shape[1]
+    Lam = torch.zeros_like(Q)
+    r_bar = torch.zeros_like(state.residual) if residual_bar is None else residual_bar
+    wide = Q.dtype  # addcmul wants one dtype: the real numbers α, β, ν as complex where Q is
+    for j in range(k - 1, -1, -1):
+        q = Q[:, j]
+        nu = (alpha_bar[:, j : j + 1] - real_dots(q, r_bar)).to(wide)
+        lam = torch.addcmul(r_bar, nu, q)
+        Lam[:, j] = lam
+        x = torch.addcmul(rmatmat(columns(lam)).mT, alpha[:, j : j + 1].to(wide), lam, value=-1)
+        if j + 1 < k:
+            b = beta[:, j : j + 1].to(wide)
+            x.addcmul_(b, Lam[:, j + 1], value=-1).addcmul_(nu * b, Q[:, j + 1])
+        else:
+            x.addcmul_(nu, state.residual)
+        if Q_bar is not None:
+            x += Q_bar[:, j]
+        if j == 0:
+            break
+        x.addcmul_(real_dots(q, x).to(wide), q, value=-1).div_(guarded(beta[:, j - 1]))
+        r_bar = x.addcmul_((beta_bar[:, j - 1 : j] - real_dots(Q[:, j - 1], lam)).to(wide), q)
+    return Lam, start_gradient(x, Q[:, 0], state.norm, norm_bar)

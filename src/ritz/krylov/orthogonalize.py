@@ -66,6 +66,7 @@ def project_out(Q: Tensor, W: Tensor, passes: int = 2) -> tuple[Tensor, Tensor]:
             w.addmv_(qt, correction, alpha=-1)
             c += correction
         return w.unsqueeze(0), c.unsqueeze(0)
+    W = W.contiguous()  # a transposed block product otherwise: the batched products would copy it each time
     c = coefficients(Q, W)
     R = subtract(Q, c, W)
     for _ in range(passes - 1):
@@ -95,6 +96,14 @@ def safe_norms(W: Tensor) -> Tensor:
     largest = torch.linalg.vector_norm(W, ord=torch.inf, dim=1)
     scale = largest.masked_fill(largest == 0, 1)
     return largest * norms(W / scale.unsqueeze(1))
+
+
+def columns(W: Tensor) -> Tensor:
+    """Return the rows of W (m, n) as the columns of a block (n, m), laid out row by row.
+
+    That is the layout sparse products and stencils are fast in: for a CSR product with 4 columns it is worth 4x.
+    """
+    return W.mT.contiguous() if W.shape[0] > 1 else W.mT
 
 
 def dots(X: Tensor, Y: Tensor) -> Tensor:

@@ -9,12 +9,18 @@ import torch
 from torch import Tensor
 
 from ..errors import OperandError
+from ..numerics import refuse_vmap
 from .base import Gradients, LinearOperator
 
 
 def _all(flags: Sequence[bool | None]) -> bool | None:
     """True if all are known true, None otherwise: a sum of non-Hermitian operators may well be Hermitian."""
     return True if all(flags) else None
+
+
+def wanted(tensors: Sequence[Tensor]) -> bool:
+    """Whether one of the tensors asks for a gradient."""
+    return any(t.requires_grad for t in tensors)
 
 
 def _check_alike(operators: Sequence[LinearOperator], what: str) -> None:
@@ -88,6 +94,8 @@ class Scaled(LinearOperator):
     """c·A with c a number or a tensor of one element (which gets a gradient)."""
 
     def __init__(self, operator: LinearOperator, scalar: Any) -> None:
+        if isinstance(scalar, Tensor):
+            refuse_vmap(scalar, "the scale of an operator")
         value = scalar.detach().reshape(()).item() if isinstance(scalar, Tensor) else scalar
         if isinstance(value, complex) and not operator.dtype.is_complex:
             raise OperandError(f"a complex scale {value} came with a real operator ({operator.dtype}); make it complex")
@@ -183,9 +191,11 @@ class Product(LinearOperator):
         return self.left.tensors() + self.right.tensors()
 
     def pair(self, Lam: Tensor, Q: Tensor) -> Gradients:
-        left = self.left.pair(Lam, self.right._matmat(Q)) if self.left.tensors() else ()
-        right = self.right.pair(self.left._rmatmat(Lam), Q) if self.right.tensors() else ()
-        return left + right
+        left, right = self.left.tensors(), self.right.tensors()
+        # Only what is wanted: the right factor's gradient needs the left one's adjoint, which may not exist.
+        return (
+            self.left.pair(Lam, self.right._matmat(Q)) if wanted(left) else (None,) * len(left)
+        ) + (self.right.pair(self.left._rmatmat(Lam), Q) if wanted(right) else (None,) * len(right))
 
 
 def product(left: LinearOperator, right: LinearOperator) -> LinearOperator:
@@ -223,7 +233,7 @@ class Adjoint(LinearOperator):
         return self.operator._matmat
 
     def diagonal(self) -> Tensor:
-        return self.operator.diagonal().conj()
+        return self.operator.diagonal().conj().resolve_conj()
 
     @property
     def mH(self) -> LinearOperator:
@@ -253,16 +263,27 @@ class Conjugate(LinearOperator):
         return Conjugate(children[0])
 
     def _matmat(self, X: Tensor) -> Tensor:
-        return self.operator._matmat(X.conj()).conj()
+        # Resolved, because a callable may take its vectors to NumPy.
+        return self.operator._matmat(X.conj().resolve_conj()).conj().resolve_conj()
 
     def _rmatmat(self, X: Tensor) -> Tensor:
-        return self.operator._rmatmat(X.conj()).conj()
+        return self.operator._rmatmat(X.conj().resolve_conj()).conj().resolve_conj()
+
+    def adjoint_product(self, width: int) -> Callable[[Tensor], Tensor]:
+        inner = self.operator.adjoint_product(width)
+        return lambda X: inner(X.conj().resolve_conj()).conj().resolve_conj()
+
+    def diagonal(self) -> Tensor:
+        return self.operator.diagonal().conj().resolve_conj()
+
+    def columns(self, idx: Tensor | Sequence[int]) -> Tensor:
+        return self.operator.columns(idx).conj().resolve_conj()
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.operator.tensors()
 
     def pair(self, Lam: Tensor, Q: Tensor) -> Gradients:
-        return self.operator.pair(Lam.conj(), Q.conj())
+        return self.operator.pair(Lam.conj().resolve_conj(), Q.conj().resolve_conj())
 
 
 class Declared(LinearOperator):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdjointUnavailableError, OperandError
-from ..numerics import as_block
+from ..numerics import as_block, version, without_autocast
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -51,6 +51,7 @@ class LinearOperator(ABC):
         self.device = torch.device(device)
         self.hermitian = hermitian if rows == columns else False
         self.psd = psd if rows == columns else False
+        self._detected: tuple[Tensor, int, Callable[[], bool]] | None = None
 
     # -- what a subclass gives ------------------------------------------------------------------------------------
 
@@ -119,6 +120,28 @@ class LinearOperator(ABC):
         """Adjoint product for many blocks of one width; a callable records its forward product only once."""
         return self._rmatmat
 
+    def detected(self, tensor: Tensor, holds: Callable[[], bool]) -> None:
+        """Remember that a flag was read off ``tensor`` and not declared; ``holds`` reads it again.
+
+        A tensor that is trained in place changes under the operator: a start value that happened to be symmetric
+        would leave ``hermitian=True`` behind, and every answer after the first step would be silently wrong.
+        """
+        self._detected = (tensor, version(tensor), holds)
+
+    def check_detected(self) -> None:
+        """Raise where the tensor was changed in place and the flag that was read off it holds no more."""
+        if self._detected is None:
+            return
+        tensor, before, holds = self._detected
+        now = version(tensor)
+        if now != before:
+            if not holds():
+                raise OperandError(
+                    f"{self!r}: these flags were read off its tensor, which was changed in place since and has them no "
+                    "more; make the operator anew after a step, or declare hermitian=False"
+                )
+            self._detected = (tensor, now, holds)
+
     # -- what everybody uses --------------------------------------------------------------------------------------
 
     def __matmul__(self, other: Any) -> Any:
@@ -128,7 +151,10 @@ class LinearOperator(ABC):
         if isinstance(other, LinearOperator):
             return product(self, other)
         X = as_block(other, self.shape[1], "the operand of A @ x", dtype=self.dtype, device=self.device)
-        Y = self._matmat(X)
+        with without_autocast():
+            Y = self._matmat(X)
+        if Y is X:  # the identity must not hand out its operand
+            Y = X.clone()
         return Y.squeeze(1) if other.ndim == 1 else Y
 
     @property

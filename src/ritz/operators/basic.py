@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OperandError
+from ..numerics import refuse_vmap
 from .base import Gradients, LinearOperator
 
 
@@ -25,12 +26,18 @@ class Dense(LinearOperator):
     def __init__(self, matrix: Tensor, *, hermitian: bool | None = None, psd: bool | None = None) -> None:
         if matrix.ndim != 2:
             raise OperandError(f"a dense operator needs a 2-D tensor; got shape {tuple(matrix.shape)}")
-        if hermitian is None and not psd and matrix.shape[0] == matrix.shape[1]:
-            hermitian = bool(torch.equal(matrix.detach(), matrix.detach().mH.resolve_conj()))
+        if matrix.layout != torch.strided:
+            raise OperandError(f"a dense operator got a {matrix.layout} tensor; give it to aslinearoperator")
+        read = hermitian is None and not psd and matrix.shape[0] == matrix.shape[1]
+        if read:
+            hermitian = _is_hermitian(matrix)
         super().__init__(tuple(matrix.shape), matrix.dtype, matrix.device, hermitian=hermitian, psd=psd)
         self.matrix = matrix
+        if read and hermitian:
+            self.detected(matrix, lambda: _is_hermitian(matrix))
 
     def _matmat(self, X: Tensor) -> Tensor:
+        self.check_detected()
         return self.matrix @ X
 
     def _rmatmat(self, X: Tensor) -> Tensor:
@@ -52,6 +59,12 @@ class Dense(LinearOperator):
         return self.matrix
 
 
+def _is_hermitian(matrix: Tensor) -> bool:
+    refuse_vmap(matrix, "the matrix")
+    detached = matrix.detach()
+    return bool(torch.equal(detached, detached.mH.resolve_conj()))
+
+
 class Diagonal(LinearOperator):
     """diag(d). Pairing: the row sums of Λ ∘ conj(Q)."""
 
@@ -59,11 +72,15 @@ class Diagonal(LinearOperator):
         if entries.ndim != 1:
             raise OperandError(f"a diagonal operator needs a 1-D tensor of entries; got shape {tuple(entries.shape)}")
         n, real = entries.shape[0], not entries.is_complex()
+        refuse_vmap(entries, "the diagonal")
         psd = bool((entries.detach() >= 0).all()) if real else None
         super().__init__((n, n), entries.dtype, entries.device, hermitian=True if real else None, psd=psd)
         self.entries = entries
+        if psd:
+            self.detected(entries, lambda: bool((entries.detach() >= 0).all()))
 
     def _matmat(self, X: Tensor) -> Tensor:
+        self.check_detected()
         return self.entries.unsqueeze(1) * X
 
     def _rmatmat(self, X: Tensor) -> Tensor:

@@ -83,7 +83,9 @@ def lanczos(A: Any, v: Tensor, k: int, *, reorthogonalize: bool = True) -> Tridi
     """
     product = _product(A)
     norm = torch.linalg.vector_norm(v)
-    columns, alphas, betas = [_divide(v, norm, 0)], [], []
+    columns: list[Tensor] = [_divide(v, norm, 0)]
+    alphas: list[Tensor] = []
+    betas: list[Tensor] = []
     for j in range(_steps(k)):
         q = columns[j]
         w = product(q)
@@ -160,8 +162,7 @@ def golub_kahan(
     Raises:
         ZeroDivisionError: at an exact breakdown before step k.
 
-    Reference: G. H. Golub and W. Kahan, Calculating the singular values and pseudo-inverse of a matrix, 1965,
-        equations (2.7)–(2.9).
+    Reference: G. H. Golub and W. Kahan, Calculating the singular values and pseudo-inverse of a matrix, 1965.
     """
     product = _product(A)
     product_adjoint = adjoint if adjoint is not None else _product(A.mH)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 from dataclasses import dataclass
 from importlib.resources import files
+from io import BufferedIOBase
 from pathlib import Path
 from typing import IO
 
@@ -76,8 +77,8 @@ def laplacian_3d(n: int, *, spacing: float = 1.0) -> Tensor:
 def advection_diffusion_1d(n: int, *, velocity: float = 1.0) -> Tensor:
     """Return −u'' + velocity · u' on n points by upwind differences at spacing 1, sparse CSR.
 
-    The matrix is tridiagonal, and for velocity > 0 neither symmetric nor normal. For velocity ≥ 0 the eigenvalues are 2 + velocity − 2 sqrt(1 + velocity) cos(jπ / (n + 1)), j = 1 … n, real and
-    positive.
+    The matrix is tridiagonal, and for velocity > 0 neither symmetric nor normal. Its eigenvalues
+    2 + velocity − 2 sqrt(1 + velocity) cos(jπ / (n + 1)), j = 1 … n, are real and positive.
     """
     if velocity < 0:
         raise ValueError(
@@ -178,7 +179,7 @@ def read_matrix_market(path: str | Path) -> Tensor:
         return _read_coordinates(file)
 
 
-def _read_coordinates(file: IO[bytes]) -> Tensor:
+def _read_coordinates(file: BufferedIOBase) -> Tensor:
     header = file.readline().decode().lower().split()
     known = header[:3] == ["%%matrixmarket", "matrix", "coordinate"] and len(header) == 5
     if (

@@ -1,0 +1,24 @@
+"""Functions of operators: f(A)v, forms, and the functions f themselves with exact divided differences."""
+
+from .divided import divided_difference
+from .forms import Term, bilinear_form, quadratic_form, shared_forms
+from .multiply import expm_multiply, funm_multiply
+from .scalar import ScalarFunction, exp, inverse, log, phi, power, rsqrt, sqrt
+
+__all__ = [
+    "ScalarFunction",
+    "Term",
+    "bilinear_form",
+    "divided_difference",
+    "exp",
+    "expm_multiply",
+    "funm_multiply",
+    "inverse",
+    "log",
+    "phi",
+    "power",
+    "quadratic_form",
+    "rsqrt",
+    "shared_forms",
+    "sqrt",
+]

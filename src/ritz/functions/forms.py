@@ -1,0 +1,253 @@
+"""Quadratic forms vᴴ f(A) v of a Hermitian operator, for a block of vectors and several functions from one run.
+
+Everything that reads forms off a Lanczos run stands on :func:`shared_forms`: single forms, stochastic traces and
+log-determinants, curves over shifts, and the two terms of a Gaussian process' likelihood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import OperandError
+from ..methods import Adjoint, Arnoldi, Auto, Frechet, GradientRule, KrylovMethod, Lanczos, Unrolled
+from ..numerics import as_block, check_finite
+from ..operators.base import LinearOperator
+from ..pairing import Cotangents, Pair, Run
+from ..result import Info, OnFailure, report
+from . import frechet
+from .adjoint import forms_by_adjoint
+from .multiply import funm_multiply
+from .scalar import ScalarFunction, Shifted, as_function
+from .space import HermitianSpace, as_hermitian, build, choose, combine, info_of, psd_status
+from .unrolled import unrolled_forms
+
+
+class Term(NamedTuple):
+    """One function for some columns of the block; ``shifts`` (p,) asks for f(A + σI) at each σ."""
+
+    f: ScalarFunction
+    columns: slice
+    shifts: Tensor | None = None
+
+
+def quadratic_form(
+    f: Any,
+    A: LinearOperator,
+    v: Tensor,
+    *,
+    method: KrylovMethod = Auto(),
+    gradient: GradientRule = Frechet(),
+    shifts: Tensor | None = None,
+    return_info: bool = False,
+    on_failure: OnFailure = "warn",
+) -> Any:
+    """vᴴ f(A) v from one Krylov run, with gradients in A's tensors and in v.
+
+    Args:
+        f: from ``ritz.functions``, or a callable on a tensor of eigenvalues.
+        A: square operator (n, n).
+        v: vector (n,), or a block (n, m) of vectors that share every product.
+        method: ``Lanczos(k)`` at fixed depth, ``Lanczos(rtol=...)`` adaptive, ``Arnoldi``, or ``Auto()``.
+        gradient: ``Frechet()`` spends no further product for a Hermitian A; ``Adjoint()`` one adjoint product a step.
+        shifts: values σ (p,); the result then has a leading axis with vᴴ f(A + σI) v, all from the same run.
+        return_info: also return an :class:`~ritz.result.Info`.
+        on_failure: "warn", "raise" or "ignore" when an adaptive depth misses its tolerance.
+
+    Returns:
+        A scalar, or (m,) for a block; (p,) or (p, m) with shifts. Real for Hermitian A and real f.
+
+    Raises:
+        DomainError: f is undefined at a Ritz value.
+        OperandError, NonFiniteError: wrong shape, dtype, device; NaN or Inf.
+
+    Cost: k block products; memory k vectors per column while it runs, about 2·10 per column until backward.
+    Gradient: first order in A's tensors, v and shifts (any order under ``Unrolled()``).
+    """
+    function, vector = as_function(f), v
+    V = as_block(v, A.shape[0], "v", dtype=A.dtype, device=A.device)
+    chosen = choose(A, method)
+    if isinstance(chosen, Arnoldi):
+        return _general_form(function, A, v, chosen, gradient, shifts, return_info, on_failure)
+    (value,), info = shared_forms(
+        A, V, [Term(function, slice(None), shifts)], method=chosen, gradient=gradient, on_failure=on_failure
+    )
+    value = value.squeeze(-1) if vector.ndim == 1 else value
+    return (value, info) if return_info else value
+
+
+def bilinear_form(
+    f: Any,
+    A: LinearOperator,
+    u: Tensor,
+    v: Tensor,
+    *,
+    method: KrylovMethod = Auto(),
+    gradient: GradientRule = Frechet(),
+    return_info: bool = False,
+    on_failure: OnFailure = "warn",
+) -> Any:
+    """uᴴ f(A) v, with gradients in A's tensors, u and v.
+
+    u and v are vectors (n,) or blocks (n, m) of equal width; the result is a scalar or (m,). Arguments, errors and
+    gradient rules as in :func:`quadratic_form`; backward spends k adjoint products, as for f(A)v.
+    """
+    U = as_block(u, A.shape[0], "u", dtype=A.dtype, device=A.device)
+    if u.shape != v.shape:
+        raise OperandError(f"u has shape {tuple(u.shape)} and v {tuple(v.shape)}; a bilinear form needs equal shapes")
+    check_finite(U, "u")
+    Y, info = funm_multiply(f, A, v, method=method, gradient=gradient, return_info=True, on_failure=on_failure)
+    value = (u.conj() * Y).sum(0)
+    return (value, info) if return_info else value
+
+
+def shared_forms(
+    A: LinearOperator,
+    V: Tensor,
+    terms: Sequence[Term],
+    *,
+    method: Lanczos | Auto = Auto(),
+    gradient: GradientRule = Frechet(),
+    on_failure: OnFailure = "warn",
+) -> tuple[list[Tensor], Info]:
+    """Forms v_jᴴ f(A) v_j for several functions, each on its own columns of one block V (n, m), from one Lanczos run.
+
+    Returns:
+        For each term the values (columns,), or (p, columns) with shifts, and one Info; ``info.residual`` has the
+        error estimate of every column.
+    """
+    chosen = choose(A, method)
+    if not isinstance(chosen, Lanczos):
+        raise OperandError("forms that share a run need a Hermitian operator; declare hermitian=True if it is")
+    check_finite(V, "v")
+    A = as_hermitian(A, chosen)
+    if isinstance(gradient, Unrolled):
+        return unrolled_forms(A, V, terms, chosen)
+    shifts = [t.shifts for t in terms if t.shifts is not None]
+    with Run(A, V, *shifts) as run:
+        Vn = V.detach()
+        functions = [f for t in terms for f in _shifted(t)]
+        space, error, status = build(run.matmat, Vn, chosen, functions)
+        assert isinstance(space, HermitianSpace)
+        space.check_domain(functions)
+        status = psd_status(A, space, status)
+        weights = space.first.square()  # ‖v‖² times the Gauss weights
+        values = [_values(t, space.ritz, weights).to(V.real.dtype) for t in terms]
+        info = info_of(chosen, space, error, status, run.num_matvecs)
+        report(info, what="forms of f(A)", target=chosen.tolerance(V.dtype), on_failure=on_failure)
+        if not run.wants_gradient():
+            return values, info
+        if isinstance(gradient, Adjoint):
+            rule, blocks = forms_by_adjoint(run, space, terms, chosen, info)
+        else:
+            rule, blocks = _frechet_rule(space, terms, gradient.tolerance(V.dtype))
+    return list(run.attach(values, rule, blocks, name="a form of f(A)")), info
+
+
+def _shifted(term: Term) -> list[ScalarFunction]:
+    if term.shifts is None:
+        return [term.f]
+    return [Shifted(term.f, float(s)) for s in term.shifts.detach()]
+
+
+def _values(term: Term, ritz: Tensor, weights: Tensor) -> Tensor:
+    """Σ_i f(w_i) weights_i on the term's columns; real part (a real f of a Hermitian operator has real forms)."""
+    w, g = ritz[term.columns], weights[term.columns]
+    rows = [(f(w) * g).sum(1) for f in _shifted(term)]
+    return rows[0] if term.shifts is None else torch.stack(rows)
+
+
+def term_cotangents(terms: Sequence[Term], cotangents: Sequence[Tensor | None], m: int) -> list[tuple[ScalarFunction, Tensor]]:
+    """(f, g) pairs with g spread over all m columns, for the cotangents of the terms' values."""
+    out = []
+    for term, bar in zip(terms, cotangents, strict=True):
+        if bar is None:
+            continue
+        rows = bar.double().unsqueeze(0) if term.shifts is None else bar.double()
+        for f, row in zip(_shifted(term), rows, strict=True):
+            g = torch.zeros(m, dtype=torch.float64, device=row.device)
+            g[term.columns] = row
+            out.append((f, g))
+    return out
+
+
+def form_input_gradients(
+    space: HermitianSpace, terms: Sequence[Term], cotangents: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Cotangents of V and of every term's shifts: 2 f(A)v and Σ f'(w) weights, read off the space."""
+    m = space.ritz.shape[0]
+    pairs = term_cotangents(terms, cotangents, m)
+    c = torch.zeros_like(space.ritz)
+    for f, g in pairs:
+        c = c + g.unsqueeze(1) * torch.where(g.unsqueeze(1) == 0, torch.zeros_like(c), f(space.ritz))
+    c = (space.vectors @ (2 * c * space.first).unsqueeze(2)).squeeze(2)
+    out: list[Tensor | None] = [combine(space.basis, c)]
+    weights = space.first.square()
+    for term, bar in zip(terms, cotangents, strict=True):
+        if term.shifts is None:
+            continue
+        w, g = space.ritz[term.columns], weights[term.columns]
+        slopes = torch.stack([(f.derivative(w) * g).sum(1) for f in _shifted(term)])
+        out.append(None if bar is None else (slopes * bar.double()).sum(1))
+    return out
+
+
+def _frechet_rule(space: HermitianSpace, terms: Sequence[Term], rtol: float) -> tuple[Callable[..., Cotangents], list[Tensor]]:
+    """Rule F. With one function per column the pairing is ready now and the basis can go (n·r numbers stay).
+
+    With shifts several cotangents meet in one column, their mixture is known in backward only, and the basis stays.
+    """
+    if any(t.shifts is not None for t in terms):
+
+        def late(*cotangents: Tensor | None) -> Cotangents:
+            X = frechet.symmetric_core(space, term_cotangents(terms, cotangents, space.ritz.shape[0]))
+            left, right = frechet.compress_symmetric(X, rtol)
+            Lam = left.to(space.basis.dtype).mT @ space.basis
+            return Cotangents([Pair(Lam, right)], form_input_gradients(space, terms, cotangents))
+
+        return late, [space.basis]
+
+    m = space.ritz.shape[0]
+    ones = [torch.ones(m, dtype=torch.float64)[t.columns].to(space.ritz.device) for t in terms]
+    left, right = frechet.compress_symmetric(frechet.symmetric_core(space, term_cotangents(terms, ones, m)), rtol)
+    dtype, basis = space.basis.dtype, space.basis
+    Q = right.to(dtype).mT @ basis
+    # Λ is Q with its rows scaled (X is symmetric): only Q is kept
+    scale = (left * right).sum(1) / right.square().sum(1).clamp(min=torch.finfo(torch.float64).tiny)
+    image = 2 * _applied(space, terms)
+
+    def ready(*cotangents: Tensor | None) -> Cotangents:
+        g = torch.zeros(m, dtype=torch.float64, device=scale.device)
+        for f_g in term_cotangents(terms, cotangents, m):
+            g = g + f_g[1]
+        Lam = (g.unsqueeze(1) * scale).to(dtype).unsqueeze(2) * Q
+        return Cotangents([Pair(Lam)], [image * g.to(image.dtype)])
+
+    return ready, [Q]
+
+
+def _applied(space: HermitianSpace, terms: Sequence[Term]) -> Tensor:
+    """f(A)v for every column, each with its term's function, (n, m)."""
+    c = torch.zeros_like(space.ritz)
+    for term in terms:
+        c[term.columns] = term.f(space.ritz[term.columns])
+    return combine(space.basis, (space.vectors @ (c * space.first).unsqueeze(2)).squeeze(2))
+
+
+def _general_form(
+    f: ScalarFunction,
+    A: LinearOperator,
+    v: Tensor,
+    method: Arnoldi,
+    gradient: GradientRule,
+    shifts: Tensor | None,
+    return_info: bool,
+    on_failure: OnFailure,
+) -> Any:
+    """vᴴ f(A) v of an operator that is not known to be Hermitian: the bilinear form with u = v."""
+    if shifts is not None:
+        raise OperandError("shifts= needs a Hermitian operator; declare hermitian=True if it is, or loop over shifts")
+    return bilinear_form(f, A, v, v, method=method, gradient=gradient, return_info=return_info, on_failure=on_failure)

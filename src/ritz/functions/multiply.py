@@ -1,0 +1,229 @@
+"""f(A)v: functions of an operator times vectors, and e^{tA}v on a grid of times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import OperandError
+from ..methods import Adjoint, Arnoldi, Auto, Frechet, GradientRule, KrylovMethod, Lanczos, Unrolled
+from ..numerics import as_block, check_finite
+from ..operators.base import LinearOperator
+from ..pairing import Cotangents, Pair, Run
+from ..result import Info, OnFailure, report
+from . import frechet
+from .adjoint import multiply_by_adjoint
+from .scalar import Exp, Part, ScalarFunction, Times, as_function
+from .space import HermitianSpace, Space, as_hermitian, build, choose, combine, info_of, psd_status
+from .unrolled import unrolled_multiply
+
+
+def funm_multiply(
+    f: Any,
+    A: LinearOperator,
+    B: Tensor,
+    *,
+    method: KrylovMethod = Auto(),
+    gradient: GradientRule = Frechet(),
+    return_info: bool = False,
+    on_failure: OnFailure = "warn",
+) -> Any:
+    """f(A) B by a Krylov space of every column, with gradients in A's tensors and in B.
+
+    Args:
+        f: from ``ritz.functions``, or a callable on a tensor of eigenvalues.
+        A: square operator (n, n); Hermitian or not.
+        B: vector (n,) or block (n, m); the columns share every product.
+        method: ``Lanczos(k)`` or ``Arnoldi(k)`` at fixed depth, with ``rtol=`` adaptive, or ``Auto()``.
+        gradient: ``Frechet()`` (derivative of the limit), ``Adjoint()`` (derivative of the computed value; raises
+            where the Krylov space is exhausted), ``Unrolled()`` (autograd, any order).
+        return_info: also return an :class:`~ritz.result.Info`; after backward ``info.backward`` reports on it.
+        on_failure: "warn", "raise" or "ignore" when an adaptive depth misses its tolerance.
+
+    Returns:
+        A tensor of B's shape; complex where f is complex at real eigenvalues.
+
+    Raises:
+        DomainError: f is undefined at a Ritz value, or undefined at a matrix that is not normal.
+        BreakdownError: ``Adjoint()`` at an exhausted Krylov space.
+        OperandError, NonFiniteError: wrong shape, dtype, device; NaN or Inf.
+
+    Cost: k block products; backward k adjoint products, then one narrow pairing (about 10 columns per column of B).
+        Memory: k vectors per column until backward.
+    Gradient: first order in A's tensors and B (any order under ``Unrolled()``).
+    """
+    V = as_block(B, A.shape[0], "B", dtype=A.dtype, device=A.device)
+    (Y,), info = _multiply([as_function(f)], A, V, None, method, gradient, on_failure)
+    Y = Y.squeeze(1) if B.ndim == 1 else Y
+    return (Y, info) if return_info else Y
+
+
+def expm_multiply(
+    A: LinearOperator,
+    B: Tensor,
+    t: float | complex | Tensor = 1.0,
+    *,
+    method: KrylovMethod = Auto(),
+    gradient: GradientRule = Frechet(),
+    return_info: bool = False,
+    on_failure: OnFailure = "warn",
+) -> Any:
+    """e^{tA} B for one time or a grid of times from a single Krylov run, with gradients in A's tensors, B and t.
+
+    Args:
+        A: square operator (n, n).
+        B: vector (n,) or block (n, m).
+        t: number or tensor of no dimension; or a 1-D tensor of times, whose length becomes the leading axis of the
+            result. Real (of either sign) or complex.
+        method, gradient, return_info, on_failure: as in :func:`funm_multiply`.
+
+    Returns:
+        (n,), (n, m), or with a leading axis of times; complex where t or A is.
+    """
+    times = t if isinstance(t, Tensor) else torch.as_tensor(t, device=A.device)
+    if times.ndim > 1:
+        raise OperandError(f"t has shape {tuple(times.shape)}; expected a scalar or a 1-D grid of times")
+    check_finite(times.detach(), "t")
+    V = as_block(B, A.shape[0], "B", dtype=A.dtype, device=A.device)
+    grid = times.reshape(-1)
+    functions: list[ScalarFunction] = [Exp(s) for s in grid.detach().tolist()]
+    outs, info = _multiply(functions, A, V, grid, method, gradient, on_failure)
+    Y = torch.stack(outs)
+    Y = Y.squeeze(2) if B.ndim == 1 else Y
+    Y = Y[0] if times.ndim == 0 else Y
+    return (Y, info) if return_info else Y
+
+
+def _multiply(
+    functions: Sequence[ScalarFunction],
+    A: LinearOperator,
+    V: Tensor,
+    times: Tensor | None,
+    method: KrylovMethod,
+    gradient: GradientRule,
+    on_failure: OnFailure,
+) -> tuple[list[Tensor], Info]:
+    """f_p(A) V for several functions of one run; ``times`` are the differentiable t_p of f_p = exp(t_p ·)."""
+    chosen = choose(A, method)
+    check_finite(V, "B")
+    A = as_hermitian(A, chosen)
+    if isinstance(gradient, Unrolled):
+        return unrolled_multiply(functions, A, V, times, chosen)
+    inputs = (V,) if times is None else (V, times)
+    with Run(A, *inputs) as run:
+        space, error, status = build(run.matmat, V.detach(), chosen, functions)
+        if isinstance(space, HermitianSpace):
+            space.check_domain(functions)
+        status = psd_status(A, space, status)
+        values = [_value(space, f, V) for f in functions]
+        info = info_of(chosen, space, error, status, run.num_matvecs)
+        report(info, what="f(A)v", target=chosen.tolerance(V.dtype), on_failure=on_failure)
+        if not run.wants_gradient():
+            return values, info
+        if isinstance(gradient, Adjoint):
+            rule, blocks = multiply_by_adjoint(run, space, functions, times, info)
+        else:
+            rule, blocks = _frechet_rule(run, space, functions, times, chosen, gradient, info, on_failure)
+    return list(run.attach(values, rule, blocks, name="f(A)v")), info
+
+
+def _value(space: Space, f: ScalarFunction, V: Tensor) -> Tensor:
+    """‖v‖ Q f(T) e₁ in the dtype of the vectors (complex where f is)."""
+    y = combine(space.basis, space.small(f))
+    return y.to(V.dtype) if V.is_complex() or not y.is_complex() else y
+
+
+def _frechet_rule(
+    run: Run,
+    space: Space,
+    functions: Sequence[ScalarFunction],
+    times: Tensor | None,
+    method: Lanczos | Arnoldi,
+    gradient: Frechet,
+    info: Info,
+    on_failure: OnFailure,
+) -> tuple[Callable[..., Cotangents], list[Tensor]]:
+    """Rule F: a Krylov space of (Aᴴ, cotangents) in backward, all cotangents in one block."""
+    backward = gradient.method or method
+    basis, m = space.basis, space.basis.shape[0]
+
+    def rule(*cotangents: Tensor | None) -> Cotangents:
+        parts = _real_parts(functions, cotangents, basis.is_complex())
+        time_bar = None if times is None else _time_gradients(space, functions, times, cotangents)
+        rest = () if times is None else (time_bar,)
+        if not parts:
+            return Cotangents([None], [None, *rest])
+        G = torch.cat([g for _, g in parts], dim=1)
+        index = torch.arange(m, device=G.device).repeat(len(parts))
+        before = run.num_matvecs
+        left, error, status = build(run.adjoint(G.shape[1]), G, backward, [f for f, _ in parts])
+        info.backward = info_of(backward, left, error, status, run.num_matvecs - before)
+        report(info.backward, what="backward of f(A)v", target=backward.tolerance(basis.dtype), on_failure=on_failure)
+        lefts, rights, bars = [], [], torch.zeros_like(G[:, :m])
+        for i, (f, _) in enumerate(parts):
+            some = _select(left, slice(i * m, (i + 1) * m))
+            X = frechet.core(some, space, f, index[i * m : (i + 1) * m])
+            low = frechet.compress(X, gradient.tolerance(basis.dtype))
+            lefts.append(low.left.to(basis.dtype).mT @ some.basis)
+            rights.append(low.right)
+            bars = bars + combine(some.basis, _conjugate_small(some, f)).to(bars.dtype)
+        return Cotangents([Pair(torch.cat(lefts, 1), torch.cat(rights, 2))], [bars, *rest])
+
+    return rule, [basis]
+
+
+def _real_parts(
+    functions: Sequence[ScalarFunction], cotangents: Sequence[Tensor | None], complex_basis: bool
+) -> list[tuple[ScalarFunction, Tensor]]:
+    """(function, cotangent block) pairs that live in the field of A.
+
+    A real A with complex values: Re⟨g, df v⟩ = ⟨Re g, d(Re f) v⟩ + ⟨Im g, d(Im f) v⟩, two real cotangents.
+    """
+    parts: list[tuple[ScalarFunction, Tensor]] = []
+    for f, g in zip(functions, cotangents, strict=True):
+        if g is None:
+            continue
+        if g.is_complex() and not complex_basis:
+            parts += [(Part(f, False), g.real.contiguous()), (Part(f, True), g.imag.contiguous())]
+        else:
+            parts.append((f, g))
+    return parts
+
+
+def _conjugate_small(space: Space, f: ScalarFunction) -> Tensor:
+    """‖g‖ f̄(H) e₁ in the space of (Aᴴ, g): the cotangent of v is f(A)ᴴ g = f̄(Aᴴ) g."""
+    if isinstance(space, HermitianSpace):
+        c = f(space.ritz).conj() * space.first
+        return (space.vectors.to(c.dtype) @ c.unsqueeze(2)).squeeze(2)
+    conj = space.H.conj().resolve_conj()
+    return space.state.norm.to(conj.dtype).unsqueeze(1) * f.matrix(conj)[:, :, 0].conj()
+
+
+def _select(space: Space, rows: slice) -> Space:
+    """The sub-batch of a space."""
+    state = space.state
+    if isinstance(space, HermitianSpace):
+        part: Any = type(state)(
+            state.Q[rows], state.alpha[rows], state.beta[rows], state.residual[rows], state.norm[rows], state.depth[rows]
+        )
+        return HermitianSpace(part, space.ritz[rows], space.vectors[rows])
+    part = type(state)(state.Q[rows], state.H[rows], state.residual[rows], state.norm[rows], state.depth[rows])
+    return type(space)(part, space.H[rows])
+
+
+def _time_gradients(
+    space: Space, functions: Sequence[ScalarFunction], times: Tensor, cotangents: Sequence[Tensor | None]
+) -> Tensor:
+    """t̄_p = ⟨A e^{t_p A} B, g_p⟩, with A e^{tA} B read off the forward space."""
+    grads = []
+    for f, g in zip(functions, cotangents, strict=True):
+        if g is None:
+            grads.append(torch.zeros((), dtype=times.dtype, device=times.device))
+            continue
+        slope = combine(space.basis, space.small(Times(f)))
+        dot = (slope.conj() * g).sum()
+        grads.append((dot if times.is_complex() else dot.real).to(times.dtype))
+    return torch.stack(grads)

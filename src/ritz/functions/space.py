@@ -1,0 +1,221 @@
+"""A Krylov space of an operator with its small matrix decomposed: what f(A)v, forms and their gradients are read from.
+
+All m starting vectors of a block are kept together: bases are (m, k, n), small matrices (m, k, k) in double precision
+whatever the dtype of the vectors (they cost nothing, and float32 would lose the divided differences).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ConvergenceWarning, DomainError, OperandError
+from ..krylov.arnoldi import ArnoldiState, run_arnoldi
+from ..krylov.lanczos import LanczosState, run_lanczos
+from ..methods import Arnoldi, Auto, KrylovMethod, Lanczos
+from ..operators.base import LinearOperator
+from ..result import Info, Status
+from .scalar import ScalarFunction
+
+Product = Callable[[Tensor], Tensor]
+FIRST, GROWTH = 12, 1.3  # adaptive depth: first look after so many steps, next after that factor
+
+
+@dataclass(frozen=True)
+class HermitianSpace:
+    """A Q = Q T + r e_kᵀ with T = U diag(w) Uᵀ."""
+
+    state: LanczosState
+    ritz: Tensor  # w (m, k)
+    vectors: Tensor  # U (m, k, k)
+
+    @property
+    def basis(self) -> Tensor:
+        return self.state.Q
+
+    @property
+    def first(self) -> Tensor:
+        """Components of ‖v‖e₁ in the Ritz vectors, (m, k)."""
+        return self.state.norm.to(self.vectors.dtype).unsqueeze(1) * self.vectors[:, 0, :]
+
+    def small(self, f: ScalarFunction) -> Tensor:
+        """‖v‖ f(T) e₁, (m, k)."""
+        return _apply(self.vectors, f(self.ritz) * self.first)
+
+    def check_domain(self, functions: Sequence[ScalarFunction]) -> None:
+        """Raise DomainError where a Ritz value lies outside of a function's domain."""
+        ritz = self.ritz[self.state.depth > 0]
+        for f in functions:
+            f.check_domain(ritz)
+
+
+@dataclass(frozen=True)
+class GeneralSpace:
+    """A Q = Q H + r e_kᵀ."""
+
+    state: ArnoldiState
+    H: Tensor  # (m, k, k), double precision
+
+    @property
+    def basis(self) -> Tensor:
+        return self.state.Q
+
+    def small(self, f: ScalarFunction) -> Tensor:
+        """‖v‖ f(H) e₁, (m, k)."""
+        return self.state.norm.to(self.H.dtype).unsqueeze(1) * f.matrix(self.H)[:, :, 0]
+
+    def check_domain(self, functions: Sequence[ScalarFunction]) -> None:
+        """General matrices are checked by the dense functions themselves."""
+
+
+Space = HermitianSpace | GeneralSpace
+
+
+def _apply(U: Tensor, c: Tensor) -> Tensor:
+    """U c for batches, real U and perhaps complex c."""
+    if c.is_complex() and not U.is_complex():
+        return torch.complex(_apply(U, c.real), _apply(U, c.imag))
+    return torch.bmm(U, c.unsqueeze(2)).squeeze(2)
+
+
+def combine(basis: Tensor, c: Tensor) -> Tensor:
+    """Σ_j c_j q_j for every start: basis (m, k, n), c (m, k) -> (n, m); in the basis' precision, complex if c is."""
+    if c.is_complex() and not basis.is_complex():
+        return torch.complex(combine(basis, c.real), combine(basis, c.imag))
+    return torch.bmm(c.to(basis.dtype).unsqueeze(1), basis).squeeze(1).mT
+
+
+def decompose(state: LanczosState) -> HermitianSpace:
+    """Diagonalise T of a Lanczos run, in double precision."""
+    alpha, beta = state.alpha.double(), state.beta[:, :-1].double()
+    alpha = torch.where(state.depth.unsqueeze(1) > 0, alpha, torch.ones_like(alpha))  # zero vector: log 0 · 0
+    T = torch.diag_embed(alpha)
+    if beta.shape[1]:
+        T = T + torch.diag_embed(beta, 1) + torch.diag_embed(beta, -1)
+    w, U = torch.linalg.eigh(T)
+    return HermitianSpace(state, w, U)
+
+
+def choose(A: LinearOperator, method: KrylovMethod) -> Lanczos | Arnoldi:
+    """Resolve Auto(), and refuse Lanczos for an operator known not to be Hermitian."""
+    if A.shape[0] != A.shape[1]:
+        raise OperandError(f"a function of an operator needs a square one; this one has shape {A.shape}")
+    if isinstance(method, Auto):
+        return Lanczos() if A.hermitian else Arnoldi()
+    if isinstance(method, Lanczos) and A.hermitian is False:
+        raise OperandError(
+            "Lanczos came with an operator that is not Hermitian; use Arnoldi(), or Auto(), or A.declare(hermitian=True) "
+            "if it is Hermitian up to rounding"
+        )
+    if not isinstance(method, (Lanczos, Arnoldi)):
+        raise OperandError(f"method={method!r}; expected Lanczos(k), Arnoldi(k) or Auto()")
+    return method
+
+
+def as_hermitian(A: LinearOperator, method: Lanczos | Arnoldi) -> LinearOperator:
+    """Choosing Lanczos declares an operator of unknown symmetry Hermitian (its adjoint product is its product)."""
+    return A.declare(hermitian=True) if isinstance(method, Lanczos) and not A.hermitian else A
+
+
+def build(
+    matmat: Product,
+    V: Tensor,
+    method: Lanczos | Arnoldi,
+    functions: Sequence[ScalarFunction],
+) -> tuple[Space, Tensor, Status]:
+    """Grow a Krylov space from every column of V, to a fixed depth or until every f(A)v has converged.
+
+    Args:
+        functions: those whose convergence an adaptive depth waits for.
+
+    Returns:
+        The space, the error estimate per column (largest over functions, relative to f(A)v), and the status.
+    """
+    run: Callable[..., LanczosState | ArnoldiState] = run_lanczos if isinstance(method, Lanczos) else run_arnoldi
+    options = {"reorthogonalize": method.reorthogonalize}
+    if method.num_matvecs is not None:
+        space = _space(run(matmat, V, method.num_matvecs, **options))
+        return space, error_estimate(space, functions), _status(space, Status.FIXED)
+    rtol = method.tolerance(V.dtype)
+    limit = max(1, min(method.max_matvecs, V.shape[0]))
+    k = min(FIRST, limit)
+    state = run(matmat, V, k, **options)
+    while True:
+        space = _space(state)
+        error = error_estimate(space, functions)
+        if bool((error <= rtol).all()):
+            return space, error, _status(space, Status.CONVERGED)
+        if k >= limit:
+            done = limit == V.shape[0] or bool((space.state.depth < k).all())
+            return space, error, Status.EXHAUSTED if done else Status.MAX_STEPS
+        k = min(limit, max(k + 4, int(GROWTH * k)))
+        state = run(matmat, V, k, state=state, **options)
+
+
+def _space(state: LanczosState | ArnoldiState) -> Space:
+    if isinstance(state, LanczosState):
+        return decompose(state)
+    H = state.H.to(torch.complex128 if state.H.is_complex() else torch.float64)
+    dead = (state.depth == 0)[:, None, None]
+    return GeneralSpace(state, torch.where(dead, torch.eye(H.shape[-1], dtype=H.dtype, device=H.device), H))
+
+
+def _status(space: Space, otherwise: Status) -> Status:
+    exhausted = bool((space.state.depth < space.basis.shape[1]).all())
+    return Status.EXHAUSTED if exhausted else otherwise
+
+
+def error_estimate(space: Space, functions: Sequence[ScalarFunction]) -> Tensor:
+    """Estimated relative error of f(A)v per column, the largest over functions.
+
+    The coefficients of f(A)v in the basis, c = ‖v‖ f(T) e₁, decay like the error. Their decay between the middle and
+    the end gives a rate ρ, the last two their size: the missing tail is about |c_k|/(1 − ρ). (Two, because every other
+    coefficient vanishes for even or odd functions of a symmetric spectrum.) A quadratic form's gradient converges with
+    this estimate, its value with the square.
+    """
+    k = space.basis.shape[1]
+    length = torch.linalg.vector_norm(space.state.residual, dim=1).double()
+    exhausted = (space.state.depth < k) | (length == 0)
+    worst = torch.zeros_like(length)
+    for f in functions:
+        try:
+            c = space.small(f)
+        except DomainError:  # may mend at a larger depth; the final space is checked by the caller
+            return torch.where(exhausted, torch.zeros_like(length), torch.full_like(length, torch.inf))
+        size = torch.linalg.vector_norm(c, dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+        tail = torch.linalg.vector_norm(c[:, -2:], dim=1) / size
+        if k >= 6:
+            middle = torch.linalg.vector_norm(c[:, k // 2 - 1 : k // 2 + 1], dim=1) / size
+            rate = (tail / middle.clamp(min=torch.finfo(torch.float64).tiny)) ** (1 / (k - k // 2))
+            tail = tail / (1 - rate.clamp(max=0.95))
+        worst = torch.maximum(worst, torch.nan_to_num(tail, nan=torch.inf))
+    return torch.where(exhausted, torch.zeros_like(worst), worst)
+
+
+def psd_status(A: LinearOperator, space: Space, status: Status, stacklevel: int = 4) -> Status:
+    """Report an operator that was declared positive semidefinite and shows a clearly negative Ritz value."""
+    if not A.psd or not isinstance(space, HermitianSpace):
+        return status
+    ritz = space.ritz[space.state.depth > 0]
+    if not ritz.numel():
+        return status
+    smallest, largest = float(ritz.min()), float(ritz.abs().max())
+    if smallest >= -1e3 * torch.finfo(space.basis.dtype).eps * max(largest, torch.finfo(torch.float64).tiny):
+        return status
+    warnings.warn(
+        f"the operator was declared positive semidefinite and has a Ritz value of {smallest:.6g} (largest magnitude "
+        f"{largest:.3g}); the declaration is wrong, or rounding is that large: drop psd=True, or add a shift",
+        ConvergenceWarning,
+        stacklevel=stacklevel,
+    )
+    return Status.NOT_POSITIVE
+
+
+def info_of(method: object, space: Space, error: Tensor, status: Status, num_matvecs: int) -> Info:
+    """The report of one Krylov computation."""
+    depth = int(space.state.depth.max()) if space.state.depth.numel() else 0
+    return Info(method=method, num_matvecs=num_matvecs, depth=depth, residual=error, status=status)

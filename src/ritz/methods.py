@@ -1,0 +1,102 @@
+"""Methods are values: small frozen dataclasses that can be printed, compared and passed around.
+
+How a Krylov space is built (:class:`Lanczos`, :class:`Arnoldi`, :class:`Auto`) and how its result is differentiated
+(:class:`Frechet`, :class:`Adjoint`, :class:`Unrolled`) are separate choices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .errors import OperandError
+
+
+@dataclass(frozen=True)
+class _Krylov:
+    """Depth of a Krylov space, fixed or adaptive.
+
+    Args:
+        num_matvecs: fixed depth (products per starting vector). None: adaptive.
+        rtol: adaptive depth stops when the error estimate of f(A)v, relative to its norm, is below; None is
+            1e-10 in float64 and 1e-5 in float32. Ignored at fixed depth.
+        max_matvecs: limit of an adaptive depth; memory is that many vectors per starting vector.
+        reorthogonalize: against the whole basis, twice; without it the recurrence is shorter and loses orthogonality.
+    """
+
+    num_matvecs: int | None = None
+    rtol: float | None = None
+    max_matvecs: int = 300
+    reorthogonalize: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_matvecs is not None and self.num_matvecs < 1:
+            raise OperandError(f"num_matvecs={self.num_matvecs}; expected at least 1, or None for an adaptive depth")
+        if self.rtol is not None and not 0 < self.rtol < 1:
+            raise OperandError(f"rtol={self.rtol}; expected a number between 0 and 1")
+        if self.max_matvecs < 1:
+            raise OperandError(f"max_matvecs={self.max_matvecs}; expected at least 1")
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """``rtol``, or its default for a dtype."""
+        if self.rtol is not None:
+            return self.rtol
+        return 1e-10 if dtype in (torch.float64, torch.complex128) else 1e-5
+
+
+class Lanczos(_Krylov):
+    """Lanczos tridiagonalisation, for Hermitian operators (real or complex)."""
+
+
+class Arnoldi(_Krylov):
+    """Arnoldi iteration, for any square operator."""
+
+
+@dataclass(frozen=True)
+class Auto:
+    """The choice left to ritz: a pure function of the operator's size, flags, dtype and device.
+
+    For functions of an operator: :class:`Lanczos` where ``A.hermitian`` is True, :class:`Arnoldi` otherwise, both
+    with adaptive depth. For solves see :mod:`ritz.solve`. The result's ``info.method`` says what was chosen.
+    """
+
+
+@dataclass(frozen=True)
+class Frechet:
+    """Derivative of the limit f(A)v, from Krylov spaces already built (the default).
+
+    A quadratic form needs no further product; f(A)v needs one more Krylov space, from the cotangent, in backward.
+    Exact for the operator function up to the Krylov error, also where the Krylov space is exhausted.
+
+    Args:
+        rtol: the rank of the pairing is cut where the dropped part is below this, relative in Frobenius norm.
+            None is 1e-12 in float64 and 1e-7 in float32.
+        method: Krylov space of the backward pass; None takes the forward's (its effective depth where it was fixed).
+    """
+
+    rtol: float | None = None
+    method: Lanczos | Arnoldi | None = None
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """``rtol``, or its default for a dtype."""
+        if self.rtol is not None:
+            return self.rtol
+        return 1e-12 if dtype in (torch.float64, torch.complex128) else 1e-7
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """Derivative of the computed quantity, by the adjoint recurrence of the decomposition.
+
+    Exact for the value that was returned, however shallow the depth; one adjoint product per step in backward.
+    """
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """Plain autograd through every step: any order of differentiation, memory of the whole loop; the reference."""
+
+
+KrylovMethod = Lanczos | Arnoldi | Auto
+GradientRule = Frechet | Adjoint | Unrolled

@@ -1,0 +1,151 @@
+"""MINRES for Hermitian systems that need not be positive definite, many right-hand sides sharing every product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..result import Status
+from .system import (
+    ROUNDING,
+    Kernel,
+    Outcome,
+    Pass,
+    Product,
+    System,
+    check_preconditioner,
+    check_scalars,
+    check_settings,
+    default_rtol,
+    default_steps,
+    drive,
+    inner,
+    norms,
+    quotient,
+)
+
+if TYPE_CHECKING:
+    from ..operators import LinearOperator
+
+
+@dataclass(frozen=True)
+class MINRES:
+    """Minimal residuals, for Hermitian operators, definite or not.
+
+    Each column stops when its *recomputed* residual has ‖b − A x‖ ≤ max(rtol·‖b‖, atol), SciPy's meaning. A singular
+    system with b in the range of A is solved, from x0 = 0 and without a preconditioner by the solution of smallest
+    norm. With b outside of the range the iteration stops as STAGNATED near a least-squares solution, which need not
+    be the one of smallest norm.
+
+    Args:
+        rtol: relative tolerance; None is 1e-6 in float64 and 1e-4 in float32.
+        atol: absolute tolerance.
+        max_steps: iterations per column; None is 10 n, at least 100 and at most 10 000.
+
+    Cost: one block product a step, of the columns that are not done, and one to check each column. Memory: the
+    solution and six more vectors a column (eight with a preconditioner). One synchronisation a step.
+    Reference: Paige, Saunders, Solution of sparse indefinite systems of linear equations, 1975.
+    """
+
+    rtol: float | None = None
+    atol: float = 0.0
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_settings("MINRES", self.rtol, self.atol, self.max_steps)
+
+    def resolve(self, A: LinearOperator) -> MINRES:
+        """The same method with the defaults filled in for an operator."""
+        return replace(
+            self,
+            rtol=default_rtol(A.dtype) if self.rtol is None else self.rtol,
+            max_steps=default_steps(A.shape[0]) if self.max_steps is None else self.max_steps,
+        )
+
+    def bind(self, A: LinearOperator, precondition: Product | None) -> Kernel:
+        """The solver of unit-norm blocks."""
+        limit = self.max_steps or default_steps(A.shape[0])
+
+        def kernel(
+            product: Product, B: Tensor, X0: Tensor | None, target: Tensor, shift: Tensor | None, adjoint: bool
+        ) -> Outcome:
+            return drive(iterate, System(product, precondition, shift), B, X0, target, limit)
+
+        return kernel
+
+
+def iterate(system: System, R: Tensor, target: Tensor, max_steps: int) -> Pass:
+    """Lanczos and one Givens rotation [c s; s −c] a step, for every column of ``R``, until ‖r‖ ≤ target.
+
+    Without a preconditioner ‖r‖ is φ, the last entry of the rotated right-hand side. With one, φ is ‖r‖ in the norm
+    of P⁻¹, so the residual itself is carried along: r ← s² r − φ c z with the last Lanczos vector z.
+    ‖A r‖ = φ·hypot(γ̄, δ̄) tells when only a least-squares solution is left to find.
+    """
+    result = Pass(R)
+    columns = torch.arange(R.shape[1], device=R.device)
+    tol = ROUNDING * torch.finfo(R.dtype).eps
+    plain = system.precondition is None
+    precondition = system.precondition or (lambda V: V)
+
+    def length(V: Tensor, PV: Tensor) -> Tensor:
+        if plain:
+            return norms(V)
+        square = inner(V, PV)
+        check_preconditioner(square, norms(V))
+        return square.sqrt()
+
+    V, X = R.clone(), torch.zeros_like(R)  # V is the unnormalised Lanczos vector, PV = P⁻¹ V
+    PV = precondition(V)
+    beta = length(V, PV)
+    V_old, W, W_old = torch.zeros_like(R), torch.zeros_like(R), torch.zeros_like(R)
+    beta_old, scale = torch.zeros_like(beta), torch.zeros_like(beta)
+    phi, c, s, epsilon, delta_bar = beta, torch.full_like(beta, -1.0), *(torch.zeros_like(beta) for _ in range(3))
+    for step in range(1, max_steps + 1):
+        direction = PV * quotient(torch.ones_like(beta), beta).to(R.dtype)
+        U = system.product(direction)
+        U = U - V_old * quotient(beta, beta_old).to(R.dtype)
+        alpha = inner(direction, U)
+        U = U - V * quotient(alpha, beta).to(R.dtype)
+        V_old, V = V, U
+        PV = precondition(V)
+        beta_old, beta = beta, length(V, PV)
+        scale = torch.maximum(scale, (alpha**2 + beta**2 + beta_old**2 * (step > 1)).sqrt())
+        beta = torch.where(beta <= tol * scale, 0.0, beta)  # the Krylov space is exhausted
+        # The new column of T, rotated by the last two rotations.
+        epsilon_old, delta = epsilon, c * delta_bar + s * alpha
+        gamma_bar = s * delta_bar - c * alpha
+        epsilon, delta_bar = s * beta, -c * beta
+        steepness = torch.hypot(gamma_bar, delta_bar)  # ‖A r‖ / φ, of the residual before this step
+        gamma = torch.hypot(gamma_bar, beta)
+        singular = (gamma <= tol * scale) | (steepness <= tol * scale)
+        c, s = quotient(gamma_bar, gamma), quotient(beta, gamma)
+        tau, phi = torch.where(singular, 0.0, c * phi), torch.where(singular, phi, s * phi)
+        W_new = direction - W_old * epsilon_old.to(R.dtype) - W * delta.to(R.dtype)
+        W_old, W = W, W_new.mul_(quotient(torch.ones_like(gamma), gamma).to(R.dtype))
+        X.addcmul_(W, tau.to(R.dtype))
+        norm = phi
+        if not plain:
+            R.mul_((s * s).to(R.dtype)).addcmul_(V, quotient(phi * c, beta).to(R.dtype), value=-1)
+            norm = norms(R)
+        leave = (norm <= target) | singular | (beta == 0) | ~torch.isfinite(norm + scale)
+        if bool(leave.any()):
+            check_scalars(norm + scale, step)
+            gone = leave.nonzero().squeeze(1)
+            reasons = [
+                Status.STAGNATED if bad else Status.CONVERGED for bad in (singular & (norm > target))[gone].tolist()
+            ]
+            result.leave(columns[gone], X[:, gone], step, reasons)
+            keep = (~leave).nonzero().squeeze(1)
+            if keep.numel() == 0:
+                return result
+            system, columns, target = system.select(keep), columns[keep], target[keep]
+            X, V, V_old, W, W_old = X[:, keep], V[:, keep], V_old[:, keep], W[:, keep], W_old[:, keep]
+            PV = V if plain else PV[:, keep]
+            R = R if plain else R[:, keep]
+            beta, beta_old, scale, phi = beta[keep], beta_old[keep], scale[keep], phi[keep]
+            c, s, epsilon, delta_bar = c[keep], s[keep], epsilon[keep], delta_bar[keep]
+    result.leave(columns, X, max_steps, [Status.MAX_STEPS] * len(columns))
+    return result

@@ -1,0 +1,273 @@
+"""What every iterative solver shares: scalar products, the shifted product, and the loop around an iteration.
+
+An *iteration* (:mod:`cg`, :mod:`minres`) works on unit-norm residuals with recurrences and may deceive itself. The
+loop around it, :func:`drive`, believes only b − A x: a column that claims to have converged is checked with one more
+product, and sent back from its recomputed residual where the claim was wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import DomainError, NonFiniteError, OperandError
+from ..result import Status
+
+Product = Callable[[Tensor], Tensor]
+
+# A column that was sent back must at least halve its recomputed residual, or it has stagnated.
+HALVED = 0.5
+
+# Rounding of a product and a scalar product relative to the largest Rayleigh quotient seen, in units of eps.
+ROUNDING = 10.0
+
+_SEVERITY = (Status.CONVERGED, Status.MAX_STEPS, Status.STAGNATED, Status.NOT_POSITIVE)
+
+
+@dataclass(frozen=True)
+class System:
+    """(A + diag-per-column shift): the product of column j is A x_j + σ_j x_j."""
+
+    matmat: Product
+    precondition: Product | None = None
+    shift: Tensor | None = None  # (k,), real
+
+    def product(self, X: Tensor) -> Tensor:
+        """(A + σ_j I) x_j for every column j."""
+        Y = self.matmat(X)
+        return Y if self.shift is None else Y + X * self.shift.to(X.dtype)
+
+    def select(self, columns: Tensor) -> System:
+        """The system of some columns only."""
+        return self if self.shift is None else replace(self, shift=self.shift[columns])
+
+
+@dataclass
+class Outcome:
+    """Solutions with what is known of each column.
+
+    Attributes:
+        X: (n, k).
+        residual: recomputed ‖b − A x‖ / ‖b‖, (k,) float64.
+        steps: iterations of every column.
+        status: stop reason of every column.
+        details: further entries of ``Info.details``.
+    """
+
+    X: Tensor
+    residual: Tensor
+    steps: list[int]
+    status: list[Status]
+    details: dict[str, object] = field(default_factory=dict)
+
+
+class Pass:
+    """Results of one uninterrupted iteration, filled in column by column as they leave the block.
+
+    Attributes:
+        X: corrections (n, k).
+        steps: iterations of every column.
+        stop: why the column left; CONVERGED is its own claim and is checked by :func:`drive`.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.X = torch.zeros_like(like)
+        self.steps = [0] * like.shape[1]
+        self.stop = [Status.MAX_STEPS] * like.shape[1]
+
+    def leave(self, columns: Tensor, X: Tensor, step: int, stop: Sequence[Status]) -> None:
+        """Store the finished ``columns`` (indices into the block that the pass began with)."""
+        self.X[:, columns] = X
+        for j, reason in zip(columns.tolist(), stop, strict=True):
+            self.steps[j], self.stop[j] = step, reason
+
+
+class Iteration(Protocol):
+    """One uninterrupted iteration from residuals ``R`` (which it may overwrite) down to norms ``target`` (k,)."""
+
+    def __call__(self, system: System, R: Tensor, target: Tensor, max_steps: int) -> Pass: ...
+
+
+class Kernel(Protocol):
+    """A method bound to an operator: unit-norm right-hand sides in, checked solutions out."""
+
+    def __call__(
+        self, product: Product, B: Tensor, X0: Tensor | None, target: Tensor, shift: Tensor | None, adjoint: bool
+    ) -> Outcome: ...
+
+
+class Method(Protocol):
+    """What a method value of this folder gives to ``solve``."""
+
+    @property
+    def rtol(self) -> float | None: ...
+
+    @property
+    def atol(self) -> float: ...
+
+
+def inner(X: Tensor, Y: Tensor) -> Tensor:
+    """Re x_jᴴ y_j of every column, accumulated in float64, (k,)."""
+    if X.is_complex():
+        X, Y = torch.view_as_real(X.resolve_conj()), torch.view_as_real(Y.resolve_conj())
+        return (X * Y).sum((0, 2), dtype=torch.float64)
+    if X.shape[1] == 1 and X.dtype == torch.float64:
+        return torch.dot(X.squeeze(1), Y.squeeze(1)).reshape(1)
+    return (X * Y).sum(0, dtype=torch.float64)
+
+
+def norms(X: Tensor) -> Tensor:
+    """‖x_j‖ of every column, accumulated in float64, (k,)."""
+    return inner(X, X).sqrt()
+
+
+def quotient(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and 0 where b is 0."""
+    return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
+
+
+def check_scalars(x: Tensor, step: int) -> None:
+    """Raise where a product returned NaN or Inf."""
+    if not bool(torch.isfinite(x).all()):
+        raise NonFiniteError(
+            f"the product with A returned NaN or Inf (or overflowed) in step {step} of the solve; expected finite "
+            "numbers: check the operator's data, and its product with a random vector"
+        )
+
+
+def check_preconditioner(energy: Tensor, norm: Tensor) -> None:
+    """Raise where rᴴ P⁻¹ r is not positive although r is not zero."""
+    if not bool(((energy > 0) | (norm == 0)).all()):
+        raise DomainError(
+            f"the preconditioner is not positive definite: rᴴ P⁻¹ r = {float(energy.min()):.3g} for a residual of norm "
+            f"{float(norm[energy.argmin()]):.3g}; expected a positive number: use a positive definite preconditioner, "
+            "or none"
+        )
+
+
+def drive(
+    iterate: Iteration,
+    system: System,
+    B: Tensor,
+    X: Tensor | None,
+    target: Tensor,
+    max_steps: int,
+    *,
+    spent: Sequence[int] | None = None,
+) -> Outcome:
+    """Iterate until every column's recomputed residual is at its target, has stagnated, or its steps are used up.
+
+    Args:
+        iterate: the iteration.
+        system: product, preconditioner and shifts.
+        B: right-hand sides of unit norm (n, k).
+        X: first guess (n, k), or None for zero.
+        target: norms of b − A x to reach, (k,) float64.
+        max_steps: iterations that a column may spend altogether.
+        spent: iterations already spent on every column.
+    """
+    k = B.shape[1]
+    R = B.clone() if X is None else B - system.product(X)
+    X = torch.zeros_like(B) if X is None else X.clone()
+    residual = norms(R)
+    check_scalars(residual, 0)
+    steps = list(spent) if spent is not None else [0] * k
+    status = [Status.CONVERGED if good else Status.MAX_STEPS for good in (residual <= target).tolist()]
+    todo = [j for j in range(k) if status[j] is not Status.CONVERGED and steps[j] < max_steps]
+    while todo:
+        index = torch.tensor(todo, device=B.device)
+        part = system.select(index)
+        done = iterate(part, R.index_select(1, index), target[index], max_steps - max(steps[j] for j in todo))
+        trial = X[:, index] + done.X
+        R[:, index] = B[:, index] - part.product(trial)
+        now = norms(R[:, index])
+        check_scalars(now, max(done.steps))
+        before, reached = residual[index].tolist(), (now <= target[index]).tolist()
+        again, kept = [], []
+        for i, (j, norm) in enumerate(zip(todo, now.tolist(), strict=True)):
+            steps[j] += done.steps[i]
+            worse = done.stop[i] in (Status.CONVERGED, Status.STAGNATED) and norm > before[i]
+            if not worse:  # unfinished steps are kept: CG lowers the error's energy norm, not ‖r‖, at every step
+                kept.append(i)
+            if reached[i]:
+                status[j] = Status.CONVERGED
+            elif done.stop[i] is not Status.CONVERGED:
+                status[j] = done.stop[i]
+            elif norm > HALVED * before[i]:
+                status[j] = Status.STAGNATED
+            elif steps[j] < max_steps:
+                again.append(i)
+        keep = torch.tensor(kept, dtype=torch.long, device=B.device)
+        X[:, index[keep]], residual[index[keep]] = trial[:, keep], now[keep]
+        todo = [todo[i] for i in again]
+    return Outcome(X, residual, steps, status)
+
+
+def solve_columns(
+    kernel: Kernel,
+    product: Product,
+    B: Tensor,
+    X0: Tensor | None,
+    *,
+    rtol: float,
+    atol: float,
+    shift: Tensor | None = None,
+    adjoint: bool = False,
+) -> tuple[Outcome, Tensor]:
+    """Normalise the right-hand sides, leave out those that are zero, solve, and scale back.
+
+    Returns:
+        The outcome for all columns, and the relative target max(rtol, atol/‖b‖) of each, (k,) float64.
+    """
+    k = B.shape[1]
+    largest = B.abs().amax(0) if B.shape[0] else torch.zeros(k, device=B.device)
+    live = (largest > 0).nonzero().squeeze(1)
+    target = torch.full((k,), rtol, dtype=torch.float64, device=B.device)
+    out = Outcome(torch.zeros_like(B), torch.zeros_like(target), [0] * k, [Status.CONVERGED] * k)
+    if live.numel() == 0:
+        return out, target
+    # In two divisions: the squares of entries of 1e-30 underflow in float32, and ‖b‖ itself may overflow.
+    first = largest[live]
+    U = B[:, live] / first
+    second = norms(U)
+    U = U / second
+    target[live] = (atol / (second * first.to(torch.float64))).clamp_min(rtol)
+    start = None if X0 is None else X0[:, live] / first / second
+    if start is not None:
+        start = start.to(B.dtype)
+    part = kernel(product, U.to(B.dtype), start, target[live], None if shift is None else shift[live], adjoint)
+    out.X[:, live] = (part.X * second.to(part.X.dtype)) * first
+    out.residual[live] = part.residual
+    for i, j in enumerate(live.tolist()):
+        out.steps[j], out.status[j] = part.steps[i], part.status[i]
+    out.details = part.details
+    return out, target
+
+
+def worst(status: Sequence[Status]) -> Status:
+    """The most serious of several stop reasons."""
+    return max(status, key=_SEVERITY.index, default=Status.CONVERGED)
+
+
+def default_rtol(dtype: torch.dtype) -> float:
+    """1e-6 for float64 and complex128, 1e-4 for everything shorter."""
+    return 1e-6 if dtype in (torch.float64, torch.complex128) else 1e-4
+
+
+def default_steps(n: int) -> int:
+    """10 n, at least 100 and at most 10 000."""
+    return min(max(10 * n, 100), 10_000)
+
+
+def check_settings(name: str, rtol: float | None, atol: float, max_steps: int | None) -> None:
+    """Raise for tolerances and limits that make no sense."""
+    if rtol is not None and not 0 <= rtol < 1:
+        raise OperandError(f"{name}(rtol={rtol!r}): expected 0 <= rtol < 1, or None for 1e-6 / 1e-4 by dtype")
+    if not 0 <= atol < float("inf"):
+        raise OperandError(f"{name}(atol={atol!r}): expected a finite number >= 0")
+    if max_steps is not None and max_steps < 1:
+        raise OperandError(f"{name}(max_steps={max_steps!r}): expected at least 1, or None for 10 n within 100 … 10 000")
