@@ -18,6 +18,8 @@ from torch.autograd import forward_ad
 
 from .errors import NonFiniteError, OperandError, TransformError
 
+_innermost_transform = torch._C._functorch.peek_interpreter_stack
+
 Autocast = tuple[bool, torch.dtype]
 _outer_autocast: contextvars.ContextVar[dict[str, Autocast] | None] = contextvars.ContextVar("autocast", default=None)
 
@@ -165,7 +167,7 @@ def as_block(x: Tensor, rows: int, name: str, *, dtype: torch.dtype, device: tor
 
 def in_transform() -> bool:
     """Whether a torch.func transform is active."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return _innermost_transform() is not None
 
 
 def refuse_transforms(x: Tensor, name: str) -> None:
@@ -190,11 +192,11 @@ def refuse_vmap(x: Tensor, name: str) -> None:
         raise TransformError(VMAP_REFUSED.format(name=name))
 
 
-def has_tangent(x: Tensor) -> bool:
-    """Whether ``x`` is a dual number of forward mode."""
+def has_tangent(*tensors: Tensor) -> bool:
+    """Whether one of the tensors is a dual number of forward mode."""
     if forward_ad._current_level < 0:
         return False
-    return forward_ad.unpack_dual(x).tangent is not None
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def unwrap(x: Tensor) -> Tensor:

@@ -333,13 +333,12 @@ def product(A: Any, X: Tensor) -> Tensor:
     ``A`` has ``_numeric(X)`` (the product without a graph) and ``_recorded(X, *A.tensors())`` (in plain differentiable
     operations on its arguments).
     """
-    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (X, *A.tensors())):
-        if has_tangent(X) or any(has_tangent(t) for t in A.tensors()) or in_transform():
-            return A._recorded(X, *A.tensors())
-        return A._numeric(X)
-    if in_transform() or any(has_tangent(t) for t in (X, *A.tensors())):
-        return A._recorded(X, *A.tensors())
-    return _Product.apply(A, X, *A.tensors())
+    tensors = A.tensors()
+    if in_transform() or has_tangent(X, *tensors):
+        return A._recorded(X, *tensors)
+    if torch.is_grad_enabled() and (X.requires_grad or any(t.requires_grad for t in tensors)):
+        return _Product.apply(A, X, *tensors)
+    return A._numeric(X)
 
 
 def pair_by_autograd(

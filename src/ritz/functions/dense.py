@@ -29,7 +29,7 @@ def by_eigenvectors(f: Callable[[Tensor], Tensor], H: Tensor) -> Tensor:
 def eigenvectors(H: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of a batch of general matrices, or a DomainError where they are useless."""
     w, V = torch.linalg.eig(H)
-    worst = float(torch.linalg.cond(V).max())
+    worst = float(torch.linalg.cond(V.detach()).max())
     if not worst < 1e8:
         raise DomainError(
             f"a general callable was applied to a nearly defective matrix (eigenvector condition {worst:.1e}); use a "
@@ -47,23 +47,24 @@ def sqrtm(H: Tensor) -> tuple[Tensor, Tensor]:
     """H^(1/2) and H^(−1/2) of a batch; no eigenvalue on the closed negative real axis."""
     k = H.shape[-1]
     eye = torch.eye(k, dtype=H.dtype, device=H.device).expand_as(H)
-    M, X, Y = H, H, eye
+    M, X, Y, last = H, H, eye, False
     for step in range(60):
         inverse = torch.linalg.inv(M)
         if step < 6:
             # scaling brings all |eigenvalues| towards 1 in the first steps; afterwards it would only disturb
-            mu = torch.linalg.det(M).abs().clamp(min=1e-300, max=1e300).pow(-1 / (2 * k))[..., None, None]
+            mu = torch.linalg.det(M.detach()).abs().clamp(min=1e-300, max=1e300).pow(-1 / (2 * k))[..., None, None]
         else:
             mu = torch.ones((), dtype=H.real.dtype, device=H.device)
         mu2 = mu * mu
         X = 0.5 * mu * X @ (eye + inverse / mu2)
         Y = 0.5 * mu * Y @ (eye + inverse / mu2)
         M = 0.5 * (eye + 0.5 * (mu2 * M + inverse / mu2))
-        error = (M - eye).abs().amax()
-        if not torch.isfinite(error):
-            break
-        if error <= 10 * k * torch.finfo(H.dtype).eps:
+        if last:
             return X, Y
+        error = float((M - eye).detach().abs().amax())
+        if error != error:
+            break
+        last = error <= 1e-8  # convergence is quadratic: the next step is the last
     raise DomainError(
         "the square root of a small nonsymmetric matrix did not converge; it has an eigenvalue on or near the negative "
         "real axis: add a shift (A.shift(sigma))"
@@ -74,7 +75,7 @@ def logm(H: Tensor) -> Tensor:
     """Principal logarithm of a batch; no eigenvalue on the closed negative real axis."""
     eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device).expand_as(H)
     root, halvings = H, 0
-    while float(torch.linalg.matrix_norm(root - eye, 1).max()) > 0.25 and halvings < 60:
+    while float(torch.linalg.matrix_norm((root - eye).detach(), 1).max()) > 0.25 and halvings < 60:
         root, halvings = sqrtm(root)[0], halvings + 1
     # log(I + E) = Σ w_j E (I + x_j E)⁻¹, Gauss–Legendre on [0, 1]: the diagonal Padé approximant
     E = root - eye

@@ -30,7 +30,7 @@ def derivative(f: Function, x: Tensor) -> Tensor:
         if y.is_complex() and not point.is_complex():
             real, imag = _gradient(y.real, point), _gradient(y.imag, point)
             return torch.complex(real, imag)
-        g = _gradient(y, point)
+        g = _gradient(y.real, point)  # complex x: the gradient of Re f is conj(f')
     return g.conj().resolve_conj() if g.is_complex() else g
 
 

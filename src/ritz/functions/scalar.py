@@ -249,7 +249,8 @@ class Times(ScalarFunction):
         return x * self.f(x)
 
     def matrix(self, H: Tensor) -> Tensor:
-        return H @ self.f.matrix(H)
+        F = self.f.matrix(H)
+        return H.to(F.dtype) @ F
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..errors import AdjointUnavailableError, NonFiniteError, OperandError
-from ..numerics import Autocast, under_autocast, user_autocast
+from ..errors import AdjointUnavailableError, NonFiniteError, OperandError, TransformError
+from ..numerics import Autocast, in_transform, refuse_transforms, refuse_vmap, under_autocast, user_autocast, version
 from .base import Gradients, LinearOperator
 
 Product = Callable[[Tensor], Tensor]
@@ -44,27 +44,75 @@ class FunctionOperator(LinearOperator):
     ) -> None:
         super().__init__(shape, dtype, device, hermitian=hermitian, psd=psd)
         self.fn, self.adjoint_fn = fn, adjoint
-        self.block, self.adjoint_block = block, block
+        self._blocks: dict[str, bool | None] = {"product": block, "adjoint": block}  # shared with bound forms
         self._autocast: dict[str, Autocast] | None = None
 
     # -- products -------------------------------------------------------------------------------------------------
 
     def _matmat(self, X: Tensor) -> Tensor:
-        if self.block is None and X.shape[1] == 1:
-            try:
-                return self._call(self.fn, X, False, self.shape[0])
-            except (RuntimeError, ValueError, IndexError, TypeError):
-                self.block = True  # perhaps it takes blocks only; if not, the call below says what is wrong
-        if self.block is None:
-            self.block = _takes_blocks(self.fn, self.shape[1], self.dtype, self.device)
-        return self._call(self.fn, X, self.block, self.shape[0])
+        return self._apply(self.fn, "product", X, self.shape[0])
 
-    def _call(self, fn: Product, X: Tensor, block: bool | None, rows: int) -> Tensor:
-        with under_autocast(self._autocast or user_autocast(), self.device):
+    def _apply(self, fn: Product, which: str, X: Tensor, rows: int) -> Tensor:
+        block = self._blocks[which]
+        if block is None and X.shape[1] != 1:
+            block = self._blocks[which] = self._takes_blocks(fn, X.shape[0])
+        if block is None:
+            try:
+                return self._call(fn, X, False, rows)
+            except Exception as error:
+                if isinstance(error, (TransformError, NonFiniteError, torch.OutOfMemoryError)):
+                    raise
+                try:  # perhaps it takes blocks only
+                    Y = self._call(fn, X, True, rows)
+                except Exception as other:
+                    raise error from other
+                self._blocks[which] = True
+                return Y
+        return self._call(fn, X, block, rows)
+
+    def _call(self, fn: Product, X: Tensor, block: bool, rows: int) -> Tensor:
+        with under_autocast(self._user_autocast(), self.device):
             if block:
-                return self._check(fn(X), (rows, X.shape[1]))
+                return _own(self._check(fn(X), (rows, X.shape[1])), X)
             columns = [self._check(fn(x), (rows,)) for x in X.unbind(1)]
-            return columns[0].unsqueeze(1) if len(columns) == 1 else torch.stack(columns, dim=1)
+            return _own(columns[0].unsqueeze(1), X) if len(columns) == 1 else torch.stack(columns, dim=1)
+
+    def _user_autocast(self) -> dict[str, Autocast]:
+        return self._autocast or user_autocast()
+
+    def _tolerance(self) -> float:
+        """How closely two ways to the same product should agree."""
+        enabled, lower = self._user_autocast().get(self.device.type, (False, self.dtype))
+        return max(4 * torch.finfo(lower).eps if enabled else 0.0, torch.finfo(self.dtype).eps ** 0.5, 1e-6)
+
+    def _takes_blocks(self, fn: Product, columns: int) -> bool:
+        """Probe two columns: a callable such as ``lambda x: d * x`` takes a block without a word and gets it wrong.
+
+        Gradients stay on as they are: a callable may cache what it computes on its first call.
+        """
+        X = _probe(columns, 2, self.dtype, self.device)
+        with under_autocast(self._user_autocast(), self.device):
+            try:
+                single = torch.stack([fn(X[:, 0]), fn(X[:, 1])], dim=1)
+            except Exception as error:
+                if isinstance(error, (TransformError, torch.OutOfMemoryError)):
+                    raise
+                return True  # it wants blocks; if not even those, the call itself tells what is wrong
+            try:
+                block = fn(X)
+            except Exception as error:
+                if isinstance(error, (TransformError, torch.OutOfMemoryError)):
+                    raise
+                return False
+        if not isinstance(block, Tensor) or block.shape != single.shape:
+            return False
+        refuse_vmap(single, "the product")
+        single, block = single.detach(), block.detach()
+        if not bool(torch.isfinite(single).all()):
+            raise NonFiniteError(
+                "the product of the callable with finite numbers returned NaN or Inf; check its tensors"
+            )
+        return bool((block - single).norm() <= self._tolerance() * single.norm())
 
     def _check(self, y: Any, shape: tuple[int, ...]) -> Tensor:
         if not isinstance(y, Tensor) or tuple(y.shape) != shape:
@@ -73,6 +121,8 @@ class FunctionOperator(LinearOperator):
                 f"the product returned {got}; expected a tensor of shape {shape}: check the callable or shape= "
                 "(block=True says that it takes blocks, block=False that it takes vectors)"
             )
+        if y.device != self.device:
+            raise OperandError(f"the product returned a tensor on {y.device}; the operator is on {self.device}")
         if y.dtype != self.dtype:
             if not (y.is_floating_point() or y.is_complex()) or not torch.is_autocast_enabled(self.device.type):
                 raise OperandError(f"the product returned {y.dtype}; the operator is {self.dtype}: pass dtype=")
@@ -87,39 +137,52 @@ class FunctionOperator(LinearOperator):
     def adjoint_product(self, width: int) -> Callable[[Tensor], Tensor]:
         if self.hermitian:
             return self._matmat
-        if self.adjoint_fn is not None:
-            if self.adjoint_block is None and width > 1:
-                self.adjoint_block = _takes_blocks(self.adjoint_fn, self.shape[0], self.dtype, self.device)
-            return lambda X: self._call(self.adjoint_fn, X, self.adjoint_block, self.shape[1])  # type: ignore[arg-type]
+        if (adjoint := self.adjoint_fn) is not None:
+            return lambda X: self._apply(adjoint, "adjoint", X, self.shape[1])
         return self._recorded_adjoint(width)
 
     def _recorded_adjoint(self, width: int) -> Callable[[Tensor], Tensor]:
         """Record one forward product (its VJP does not depend on the point), replay the VJP for every block."""
-        from ..pairing import in_transform
-
-        zero = torch.zeros(self.shape[1], width, dtype=self.dtype, device=self.device)
-        try:
-            if in_transform():  # requires_grad_ is refused there
-                with torch.enable_grad():
-                    pullback = torch.func.vjp(self._matmat, zero)[1]
-                return lambda X: pullback(X)[0]
+        point = _probe(self.shape[1], width, self.dtype, self.device)
+        if in_transform():  # requires_grad_ is refused there
             with torch.enable_grad():
-                point = zero.requires_grad_()
-                Y = self._matmat(point)
-            if not Y.requires_grad or _depends(Y, point) is False:
+                pullback = torch.func.vjp(self._matmat, point)[1]
+            return lambda X: pullback(X)[0]
+        try:
+            with torch.enable_grad():
+                Y = self._matmat(point.requires_grad_())
+            if not Y.requires_grad or not _depends(Y, point):
                 raise RuntimeError("its output does not depend on its input through differentiable operations")
         except RuntimeError as error:
-            raise AdjointUnavailableError(
-                f"the adjoint product of the callable was needed, and autograd could not give it ({error}); "
-                "pass adjoint=..., or hermitian=True if the operator is Hermitian"
-            ) from error
+            raise self._no_adjoint(str(error)) from error
+        checked = False
 
         def replay(X: Tensor) -> Tensor:
+            nonlocal checked
             record = torch.is_grad_enabled()
             (out,) = torch.autograd.grad(Y, point, X, retain_graph=True, create_graph=record)
+            if not checked:  # costs nothing but two inner products, since the point was not zero
+                checked = self._check_adjoint(point.detach(), Y.detach(), X.detach(), out.detach())
             return out
 
         return replay
+
+    def _check_adjoint(self, x: Tensor, Y: Tensor, X: Tensor, out: Tensor) -> bool:
+        """⟨A x, X⟩ = ⟨x, Aᴴ X⟩ must hold; returns whether X could tell."""
+        left, right = (torch.vdot(a.reshape(-1), b.reshape(-1)) for a, b in ((Y, X), (x, out)))
+        gap, scale = float((left - right).abs()), float(Y.norm() * X.norm())
+        if gap > self._tolerance() * scale:
+            raise self._no_adjoint(
+                f"<Ax, y> and <x, A^H y> differ by {gap / scale:.1e} of |Ax||y|: a part of the product is hidden from "
+                "autograd (NumPy, detach), or the callable is not linear"
+            )
+        return scale > 0
+
+    def _no_adjoint(self, why: str) -> AdjointUnavailableError:
+        return AdjointUnavailableError(
+            f"the adjoint product of the callable was needed, and autograd could not give it ({why}); "
+            "pass adjoint=..., or hermitian=True if the operator is Hermitian"
+        )
 
     # -- gradients ------------------------------------------------------------------------------------------------
 
@@ -131,21 +194,20 @@ class FunctionOperator(LinearOperator):
         return self.capture(Q[:, :1])[1].pair(Lam, Q)
 
     def capture(self, X: Tensor) -> tuple[Tensor, LinearOperator]:
-        from ..pairing import in_transform, refuse_transforms
-
         bound = CapturedFunction(self)
-        if self.block is None and X.shape[1] > 1:
-            with torch.no_grad():
-                self.block = bound.block = _takes_blocks(self.fn, self.shape[1], self.dtype, self.device)
         if in_transform():
             with torch.no_grad():
                 return bound._matmat(X), bound  # not deferrable: the pairing records the product instead
-        seen = _Seen()
-        before = _sequence_number()
-        with torch.enable_grad(), seen:
-            Y = bound._matmat(X.detach())
+        with torch.enable_grad():
+            if self._blocks["product"] is None and X.shape[1] != 1:  # before, so that the product runs only once
+                self._blocks["product"] = bound._takes_blocks(self.fn, self.shape[1])
+            operand = X.detach()
+            seen, before = _Seen(operand), _sequence_number()
+            with seen:
+                Y = bound._matmat(operand)
         refuse_transforms(Y, "the product")  # here: detach drops a forward-mode tangent
-        bound.set_captured(*_captured(Y, seen, before), unchanged=seen.versions())
+        captured, complete = _captured(Y, seen, before)
+        bound.set_captured(captured, complete, unchanged=seen.versions(captured))
         return Y.detach(), bound
 
 
@@ -161,8 +223,8 @@ class CapturedFunction(FunctionOperator):
             hermitian=source.hermitian,
             psd=source.psd,
             adjoint=source.adjoint_fn,
-            block=source.block,
         )
+        self._blocks = source._blocks
         self._autocast = user_autocast()
         self._captured: tuple[Tensor, ...] = ()
         self._complete = False
@@ -189,8 +251,8 @@ class CapturedFunction(FunctionOperator):
         return pair_by_autograd(self._matmat, self._captured, Lam, Q)
 
     def check_unchanged(self) -> None:
-        for tensor, version in self._versions:
-            if tensor._version != version:
+        for tensor, before in self._versions:
+            if version(tensor) != before:
                 raise RuntimeError(
                     f"a tensor of shape {tuple(tensor.shape)} that the operator's callable closes over was changed in "
                     "place between the forward pass and backward; its gradient would be wrong: change a copy, or call "
@@ -201,10 +263,10 @@ class CapturedFunction(FunctionOperator):
 class _Seen(TorchFunctionMode):
     """Notes the tensors that a callable touches but did not make."""
 
-    def __init__(self) -> None:
+    def __init__(self, operand: Tensor) -> None:
         super().__init__()
-        self._made: dict[int, weakref.ref[Tensor]] = {}
-        self.outside: dict[int, tuple[Tensor, int | None]] = {}
+        self._made: dict[int, weakref.ref[Tensor]] = {id(operand): weakref.ref(operand)}
+        self.outside: dict[int, tuple[Tensor, int]] = {}
         self.inner_leaves: dict[int, weakref.ref[Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -217,7 +279,7 @@ class _Seen(TorchFunctionMode):
             if t.requires_grad:
                 required.add(id(t))
             if id(t) not in self.outside:
-                self.outside[id(t)] = (t, None if t.is_inference() else t._version)
+                self.outside[id(t)] = (t, version(t))
         out = func(*args, **kwargs)
         for t in _tensors_in(out):
             if id(t) not in self.outside:
@@ -226,13 +288,17 @@ class _Seen(TorchFunctionMode):
                 self.inner_leaves[id(t)] = weakref.ref(t)
         return out
 
-    def versions(self) -> list[tuple[Tensor, int]]:
-        """Outside tensors without gradient and their versions, except those that the callable changes itself."""
-        return [(t, v) for t, v in self.outside.values() if v is not None and not t.requires_grad and t._version == v]
+    def versions(self, captured: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
+        """Outside tensors that are not captured, and their versions, except those that the callable changes itself."""
+        others = {id(t) for t in captured}
+        return [(t, v) for t, v in self.outside.values() if id(t) not in others and version(t) == v]
 
 
 def _tensors_in(tree: Any) -> list[Tensor]:
     if isinstance(tree, Tensor):
+        # A callable may use torch.func inside (a Gauss-Newton product): look under its wrappers.
+        while torch._C._functorch.is_functorch_wrapped_tensor(tree):
+            tree = torch._C._functorch.get_unwrapped(tree)
         return [tree]
     if isinstance(tree, (tuple, list)):
         return [t for item in tree for t in _tensors_in(item)]
@@ -320,22 +386,16 @@ def _depends(Y: Tensor, x: Tensor) -> bool:
     return False
 
 
-def _takes_blocks(fn: Product, columns: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Probe two columns: a callable such as ``lambda x: d * x`` takes a block without a word and gets it wrong."""
-    generator = torch.Generator().manual_seed(0)
-    X = torch.randn(columns, 2, generator=generator, dtype=dtype).to(device)
-    with torch.no_grad():
-        try:
-            single = torch.stack([fn(X[:, 0]), fn(X[:, 1])], dim=1)
-        except (RuntimeError, ValueError, IndexError, TypeError):
-            return True  # it wants blocks; if not even those, the call itself tells what is wrong
-        try:
-            block = fn(X)
-        except (RuntimeError, ValueError, IndexError, TypeError):
-            return False
-    if not isinstance(block, Tensor) or block.shape != single.shape:
-        return False
-    if not bool(torch.isfinite(single).all()):
-        raise NonFiniteError("the product of the callable with finite numbers returned NaN or Inf; check its tensors")
-    tolerance = torch.finfo(single.dtype).eps ** 0.5
-    return bool((block - single).norm() <= tolerance * single.norm())
+def _probe(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A fixed block without structure (quadratic phases), not from a generator: those are refused under vmap."""
+    i = torch.arange(rows, dtype=torch.float64).unsqueeze(1)
+    j = torch.arange(columns, dtype=torch.float64)
+    phase = 0.7 * i * i + (1.3 + j) * i + 2.1 * j * j + 0.5
+    X = torch.complex(phase.sin(), (1.7 * phase).cos()) if dtype.is_complex else phase.sin()
+    return X.to(dtype).to(device)
+
+
+def _own(Y: Tensor, X: Tensor) -> Tensor:
+    """Y, copied where it is X or a view of it: callers write into products."""
+    base = X if X._base is None else X._base
+    return Y.clone() if Y is X or (Y._base is not None and Y._base is base) else Y

@@ -30,6 +30,10 @@ from .system import (
 if TYPE_CHECKING:
     from ..operators import LinearOperator
 
+# ‖A r‖ / (‖A‖ ‖r‖) at which only a least-squares solution is left, in units of ROUNDING·eps: the new Lanczos vector of
+# an exhausted space is this large, because rounding has grown on the way there.
+SINGULAR = 10.0
+
 
 @dataclass(frozen=True)
 class MINRES:
@@ -72,7 +76,7 @@ class MINRES:
         def kernel(
             product: Product, B: Tensor, X0: Tensor | None, target: Tensor, shift: Tensor | None, adjoint: bool
         ) -> Outcome:
-            return drive(iterate, System(product, precondition, shift), B, X0, target, limit)
+            return drive(iterate, System(product, precondition, shift), B, X0, target, limit, monotone=True)
 
         return kernel
 
@@ -120,7 +124,7 @@ def iterate(system: System, R: Tensor, target: Tensor, max_steps: int) -> Pass:
         epsilon, delta_bar = s * beta, -c * beta
         steepness = torch.hypot(gamma_bar, delta_bar)  # ‖A r‖ / φ, of the residual before this step
         gamma = torch.hypot(gamma_bar, beta)
-        singular = (gamma <= tol * scale) | (steepness <= tol * scale)
+        singular = (gamma <= tol * scale) | (steepness <= SINGULAR * tol * scale)
         c, s = quotient(gamma_bar, gamma), quotient(beta, gamma)
         tau, phi = torch.where(singular, 0.0, c * phi), torch.where(singular, phi, s * phi)
         W_new = direction - W_old * epsilon_old.to(R.dtype) - W * delta.to(R.dtype)

@@ -157,6 +157,7 @@ def drive(
     target: Tensor,
     max_steps: int,
     *,
+    monotone: bool = False,
     spent: Sequence[int] | None = None,
 ) -> Outcome:
     """Iterate until every column's recomputed residual is at its target, has stagnated, or its steps are used up.
@@ -168,6 +169,7 @@ def drive(
         X: first guess (n, k), or None for zero.
         target: norms of b − A x to reach, (k,) float64.
         max_steps: iterations that a column may spend altogether.
+        monotone: whether the iteration lowers ‖r‖ at every step, so that a larger one means that it broke down.
         spent: iterations already spent on every column.
     """
     k = B.shape[1]
@@ -190,12 +192,12 @@ def drive(
         again, kept = [], []
         for i, (j, norm) in enumerate(zip(todo, now.tolist(), strict=True)):
             steps[j] += done.steps[i]
-            worse = done.stop[i] in (Status.CONVERGED, Status.STAGNATED) and norm > before[i]
-            if not worse:  # unfinished steps are kept: CG lowers the error's energy norm, not ‖r‖, at every step
+            # Unfinished steps of CG are kept: they lower the error's energy norm, not always ‖r‖.
+            if norm <= before[i] or (done.stop[i] is Status.MAX_STEPS and not monotone):
                 kept.append(i)
             if reached[i]:
                 status[j] = Status.CONVERGED
-            elif done.stop[i] is not Status.CONVERGED:
+            elif done.stop[i] in (Status.MAX_STEPS, Status.NOT_POSITIVE):
                 status[j] = done.stop[i]
             elif norm > HALVED * before[i]:
                 status[j] = Status.STAGNATED
