@@ -40,7 +40,9 @@ def test_building_blocks(m, dtype):
     Q, W = bases(m, 4, 30, dtype)
     c = coefficients(Q, W)
     dense = torch.einsum("mj,mjn->mn", c, Q)
-    close = {"rtol": 1e-5, "atol": 1e-5} if dtype in (torch.float32, torch.complex64) else {"rtol": 1e-13, "atol": 1e-13}
+    close = (
+        {"rtol": 1e-5, "atol": 1e-5} if dtype in (torch.float32, torch.complex64) else {"rtol": 1e-13, "atol": 1e-13}
+    )
     torch.testing.assert_close(subtract(Q, c, W), W - dense, **close)
     torch.testing.assert_close(subtract(Q, c, (X := W.clone()), out=X), W - dense, **close)
     torch.testing.assert_close(add(Q, c, W.clone()), W + dense, **close)

@@ -17,6 +17,11 @@ def close(actual, expected, tol=1e-10):
     torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
 
 
+def randint(n):
+    """Integers, so that products with dyadic matrices are exact."""
+    return torch.randint(-8, 9, (n,), generator=torch.Generator().manual_seed(0)).to(torch.float64)
+
+
 def commutator(A):
     return torch.linalg.norm(A @ A.mH - A.mH @ A) / torch.linalg.norm(A) ** 2
 
@@ -204,16 +209,33 @@ def test_large_sizes_and_definiteness():
     eigenvalues = torch.linalg.eigvalsh(bus.dense)
     assert 1e6 < (eigenvalues[-1] / eigenvalues[0]).item() < 1e8
     assert blowey.n == 10001 and blowey.matrix.values().numel() == 69991
-    # Indefinite: a negative and a positive value of xᵀAx.
-    i = blowey.matrix.to_sparse_coo().coalesce()
-    off = torch.argmax(i.values().abs() * (i.indices()[0] != i.indices()[1]))
-    row, column = i.indices()[:, off].tolist()
-    forms = []
-    for sign in (1.0, -1.0):
-        x = torch.zeros(10001, dtype=torch.float64)
-        x[row], x[column] = 1.0, sign
-        forms.append(torch.dot(x, blowey.matrix @ x).item())
-    assert max(forms) > 0, forms
+
+
+def test_bloweybq_is_positive_definite():
+    """The collection files it under indefinite matrices; the numbers that it stores say otherwise.
+
+    Exactly, A = [[a, (Lg)ᵀ], [Lg, L²/2 + D]]: L the Laplacian of a path, g = −(e₁ + eₙ)/4, and D three symmetric pairs of
+    entries among nodes 3 to 6. So for x = (s, y), xᵀAx is the sum of
+    a s² + 2 s gᵀLy + 0.01 ‖Ly‖², nonnegative because 0.01 a > ‖g‖², and
+    0.49 ‖Ly‖² + yᵀDy, nonnegative because it is so with only the rows of L that touch the first eight nodes.
+    """
+    n, a = 10000, 4999.75
+    nodes = torch.arange(n)
+    L = matrices.graph_laplacian(torch.stack([nodes[:-1], nodes[1:]], 1), n)
+    g = torch.zeros(n, dtype=torch.float64)
+    g[0] = g[-1] = -0.25
+    D = torch.zeros(8, 8, dtype=torch.float64)
+    D[2, 4], D[3, 4], D[3, 5] = -0.5, 2.5, -0.5
+    D = D + D.T
+    x = randint(n + 1)
+    s, y = x[0], x[1:]
+    lower = (L @ g) * s + L @ (L @ y) / 2
+    lower[:8] += D @ y[:8]
+    assert torch.equal(market.problem("bloweybq").matrix @ x, torch.cat([(a * s + (L @ g) @ y)[None], lower]))
+
+    assert 0.01 * a > torch.dot(g, g)
+    rows = torch.stack([(L @ torch.eye(n, 8, dtype=torch.float64)[:, j])[:7] for j in range(8)], 1)
+    assert torch.linalg.eigvalsh(0.49 * rows.T @ rows + D)[0] > 1e-3
 
 
 @pytest.mark.parametrize("normalised", [False, True])

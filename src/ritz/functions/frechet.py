@@ -64,7 +64,7 @@ def _rank(s: Tensor, rtol: float) -> int:
         return 0
     tail = s.square().flip(1).cumsum(1).flip(1).sqrt()  # norm of what is dropped when cut before each index
     keep = tail > rtol * tail[:, :1]
-    return int(keep.sum(1).max())
+    return max(1, int(keep.sum(1).max()))  # at least one, so that a zero gradient is a zero and not a None
 
 
 def core(left: Space, right: Space, f: ScalarFunction, index: Tensor) -> Tensor:

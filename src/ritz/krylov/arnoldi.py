@@ -125,6 +125,4 @@ def adjoint_arnoldi(
     bars = {"Q_bar": mask_rows(Q_bar, depth), "H_bar": H_bar, "residual_bar": residual_bar, "norm_bar": norm_bar}
     if not reorthogonalize:
         return adjoint_one_pass(rmatmat, state.Q, H, state.residual, state.norm, **bars)
-    return adjoint_orthonormal(
-        rmatmat, state.Q, H, state.residual, state.norm, depth, **bars, band=k, project=project
-    )
+    return adjoint_orthonormal(rmatmat, state.Q, H, state.residual, state.norm, depth, **bars, band=k, project=project)

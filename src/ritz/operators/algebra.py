@@ -28,7 +28,7 @@ def _check_alike(operators: Sequence[LinearOperator], what: str) -> None:
     for other in operators[1:]:
         if (other.dtype, other.device) != (first.dtype, first.device):
             raise OperandError(
-                f"{what} mixes {first.dtype} on {first.device} with {other.dtype} on {other.device}; convert one of them"
+                f"{what} mixes {first.dtype} on {first.device} with {other.dtype} on {other.device}: convert one of them"
             )
 
 

@@ -82,8 +82,15 @@ class LinearOperator(ABC):
             One gradient per tensor (None where it has no influence), in PyTorch's conjugate convention.
         """
         from ..pairing import pair_by_autograd
+        from .capture import nested
 
-        return pair_by_autograd(self._matmat, self.tensors(), Lam, Q)
+        tensors = self.tensors()
+        if nested(tensors):
+            raise OperandError(
+                f"{type(self).__name__}.tensors() names a tensor that is computed from another one that it names; both "
+                "would count the same gradient: name only one of the two"
+            )
+        return pair_by_autograd(self._matmat, tensors, Lam, Q)
 
     # -- composition: operators made of operators -----------------------------------------------------------------
 
@@ -237,7 +244,8 @@ class LinearOperator(ABC):
         return Declared(self, hermitian=hermitian, psd=psd)
 
     def __repr__(self) -> str:
-        flags = "".join(f", {name}={value}" for name in ("hermitian", "psd") if (value := getattr(self, name)) is not None)
+        known = {name: getattr(self, name) for name in ("hermitian", "psd")}
+        flags = "".join(f", {name}={value}" for name, value in known.items() if value is not None)
         return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype}, device='{self.device}'{flags})"
 
 
@@ -272,5 +280,6 @@ def _operator_like(x: Any, like: LinearOperator, what: str) -> LinearOperator:
     if isinstance(x, Tensor) and x.ndim == 2 and tuple(x.shape) == like.shape:
         return aslinearoperator(x)
     raise OperandError(
-        f"{what} got a {type(x).__name__}; expected an operator or a tensor of shape {like.shape} (A + sigma·I is A.shift(sigma))"
+        f"{what} got a {type(x).__name__}; expected an operator or a tensor of shape {like.shape} "
+        "(A + sigma·I is A.shift(sigma))"
     )

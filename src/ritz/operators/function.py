@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ..errors import AdjointUnavailableError, NonFiniteError, OperandError, TransformError
 from ..numerics import Autocast, in_transform, refuse_transforms, refuse_vmap, under_autocast, user_autocast, version
 from .base import Gradients, LinearOperator
+from .capture import Seen, captured_tensors, depends, sequence_number
 
 Product = Callable[[Tensor], Tensor]
 
@@ -151,7 +150,7 @@ class FunctionOperator(LinearOperator):
         try:
             with torch.enable_grad():
                 Y = self._matmat(point.requires_grad_())
-            if not Y.requires_grad or not _depends(Y, point):
+            if not Y.requires_grad or not depends(Y, point):
                 raise RuntimeError("its output does not depend on its input through differentiable operations")
         except RuntimeError as error:
             raise self._no_adjoint(str(error)) from error
@@ -202,11 +201,11 @@ class FunctionOperator(LinearOperator):
             if self._blocks["product"] is None and X.shape[1] != 1:  # before, so that the product runs only once
                 self._blocks["product"] = bound._takes_blocks(self.fn, self.shape[1])
             operand = X.detach()
-            seen, before = _Seen(operand), _sequence_number()
+            seen, before = Seen(operand), sequence_number()
             with seen:
                 Y = bound._matmat(operand)
         refuse_transforms(Y, "the product")  # here: detach drops a forward-mode tangent
-        captured, complete = _captured(Y, seen, before)
+        captured, complete = captured_tensors(Y, seen, before)
         bound.set_captured(captured, complete, unchanged=seen.versions(captured))
         return Y.detach(), bound
 
@@ -258,132 +257,6 @@ class CapturedFunction(FunctionOperator):
                     "place between the forward pass and backward; its gradient would be wrong: change a copy, or call "
                     "backward first"
                 )
-
-
-class _Seen(TorchFunctionMode):
-    """Notes the tensors that a callable touches but did not make."""
-
-    def __init__(self, operand: Tensor) -> None:
-        super().__init__()
-        self._made: dict[int, weakref.ref[Tensor]] = {id(operand): weakref.ref(operand)}
-        self.outside: dict[int, tuple[Tensor, int]] = {}
-        self.inner_leaves: dict[int, weakref.ref[Tensor]] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        required = set()
-        for t in _tensors_in((args, kwargs)):
-            known = self._made.get(id(t))
-            if known is not None and known() is t:
-                continue
-            if t.requires_grad:
-                required.add(id(t))
-            if id(t) not in self.outside:
-                self.outside[id(t)] = (t, version(t))
-        out = func(*args, **kwargs)
-        for t in _tensors_in(out):
-            if id(t) not in self.outside:
-                self._made[id(t)] = weakref.ref(t)
-            if t.requires_grad and t.is_leaf and id(t) not in required:
-                self.inner_leaves[id(t)] = weakref.ref(t)
-        return out
-
-    def versions(self, captured: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
-        """Outside tensors that are not captured, and their versions, except those that the callable changes itself."""
-        others = {id(t) for t in captured}
-        return [(t, v) for t, v in self.outside.values() if id(t) not in others and version(t) == v]
-
-
-def _tensors_in(tree: Any) -> list[Tensor]:
-    if isinstance(tree, Tensor):
-        # A callable may use torch.func inside (a Gauss-Newton product): look under its wrappers.
-        while torch._C._functorch.is_functorch_wrapped_tensor(tree):
-            tree = torch._C._functorch.get_unwrapped(tree)
-        return [tree]
-    if isinstance(tree, (tuple, list)):
-        return [t for item in tree for t in _tensors_in(item)]
-    if isinstance(tree, dict):
-        return [t for item in tree.values() for t in _tensors_in(item)]
-    return []
-
-
-def _sequence_number() -> int:
-    """Autograd's running number: nodes made from now on have larger ones."""
-    with torch.enable_grad():
-        return int((torch.zeros((), requires_grad=True) * 1).grad_fn._sequence_nr())  # type: ignore[union-attr]
-
-
-def _captured(Y: Tensor, seen: _Seen, before: int) -> tuple[tuple[Tensor, ...], bool]:
-    """The tensors that Y depends on, and whether the graph behind Y confirms that there are no others.
-
-    The graph is walked down to whatever existed before the call (older nodes, leaves). Each such place must be a
-    tensor that the mode saw, and no captured tensor may be computed from another one (both would count it).
-    """
-    if not Y.requires_grad:
-        return (), True
-    leaves: dict[int, Tensor] = {}
-    places: dict[tuple[Any, int], Tensor] = {}
-    for t, _ in seen.outside.values():
-        if t.requires_grad and t.is_leaf:
-            leaves[id(t)] = t
-        elif t.requires_grad:
-            places[(t.grad_fn, t.output_nr)] = t
-    found: dict[int, Tensor] = {}
-    stack, visited, complete = [(Y.grad_fn, Y.output_nr)], set(), True
-    while stack:
-        node, number = stack.pop()
-        if node is None or (node, number) in visited:
-            continue
-        visited.add((node, number))
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            inner = seen.inner_leaves.get(id(variable))
-            if id(variable) in leaves:
-                found[id(variable)] = variable
-            elif inner is None or inner() is not variable:
-                complete = False
-        elif node._sequence_nr() <= before:
-            t = places.get((node, number))
-            if t is None:
-                complete = False
-            else:
-                found[id(t)] = t
-        else:
-            stack.extend(node.next_functions)
-    tensors = tuple(found.values())
-    return tensors, complete and not _nested(tensors)
-
-
-def _nested(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether one of the tensors is computed from another one."""
-    if len(tensors) < 2 or all(t.is_leaf for t in tensors):
-        return False
-    nodes = {t.grad_fn for t in tensors if not t.is_leaf}
-    leaves = {id(t) for t in tensors if t.is_leaf}
-    visited: set[Any] = set()
-    stack = [f for node in nodes for f, _ in node.next_functions]  # type: ignore[union-attr]
-    while stack:
-        node = stack.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        if node in nodes or id(getattr(node, "variable", None)) in leaves:
-            return True
-        stack.extend(f for f, _ in node.next_functions)
-    return False
-
-
-def _depends(Y: Tensor, x: Tensor) -> bool:
-    stack, visited = [Y.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        if getattr(node, "variable", None) is x:
-            return True
-        stack.extend(f for f, _ in node.next_functions)
-    return False
 
 
 def _probe(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,15 +16,18 @@ from .system import (
     Outcome,
     Pass,
     Product,
+    Scalars,
     System,
+    add,
     check_preconditioner,
     check_scalars,
     check_settings,
     default_rtol,
     default_steps,
+    divide,
     drive,
     inner,
-    quotient,
+    take,
 )
 
 if TYPE_CHECKING:
@@ -45,7 +49,7 @@ class CG:
         max_steps: iterations per column; None is 10 n, at least 100 and at most 10 000.
 
     Cost: one block product a step, of the columns that are not done, and one to check each column. Memory: the
-    solution and three more vectors a column. One synchronisation a step.
+    solution and three more vectors a column. Two synchronisations a step.
     Reference: Hestenes, Stiefel, Methods of conjugate gradients for solving linear systems, 1952.
     """
 
@@ -69,14 +73,15 @@ class CG:
         limit = self.max_steps or default_steps(A.shape[0])
 
         def kernel(
-            product: Product, B: Tensor, X0: Tensor | None, target: Tensor, shift: Tensor | None, adjoint: bool
+            product: Product, B: Tensor, X0: Tensor | None, target: Scalars, shift: Tensor | None, adjoint: bool
         ) -> Outcome:
             return drive(iterate, System(product, precondition, shift), B, X0, target, limit)
 
         return kernel
 
 
-def iterate(system: System, R: Tensor, target: Tensor, max_steps: int) -> Pass:
+@np.errstate(all="ignore")
+def iterate(system: System, R: Tensor, target: Scalars, max_steps: int) -> Pass:
     """Hestenes and Stiefel's recurrences for every column of ``R``, until ‖r‖ ≤ target or nothing is left to gain.
 
     Both divisions are guarded. ρ = rᴴ P⁻¹ r must be positive. The curvature dᴴ A d is compared, as the Rayleigh
@@ -84,62 +89,60 @@ def iterate(system: System, R: Tensor, target: Tensor, max_steps: int) -> Pass:
     −10 eps·θ_max says that A is not positive definite; |θ| below it that A is singular to working precision.
     """
     result = Pass(R)
-    columns = torch.arange(R.shape[1], device=R.device)
+    columns = np.arange(R.shape[1])
     tol = ROUNDING * torch.finfo(R.dtype).eps
     patience = max(100, max_steps // PATIENCE)
-    plain = system.precondition is None
-    precondition = system.precondition or (lambda V: V)
-    target = target.clamp_min(1e-140)  # ρ = ‖r‖² must not underflow
+    precondition = system.precondition
+    target = np.maximum(target, 1e-140)  # ρ = ‖r‖² must not underflow
 
     X = torch.zeros_like(R)
-    Z = precondition(R)
-    rho = inner(R, Z)
-    if not plain:
-        check_preconditioner(rho, inner(R, R).sqrt())
-    D, size, top = Z.clone(), rho, torch.zeros_like(rho)
-    best = last_best = torch.full_like(rho, torch.inf)
+    square = inner(R, R)
+    Z = R if precondition is None else precondition(R)
+    rho = square if precondition is None else _energy(R, Z, square)
+    D, size, top = Z.clone(), rho, np.zeros_like(rho)
+    best = last_best = np.full_like(rho, np.inf)
     for step in range(1, max_steps + 1):
         Q = system.product(D)
         curvature = inner(D, Q)
         theta = curvature / size
-        top = torch.maximum(top, theta.abs())
+        top = np.maximum(top, abs(theta))
         flat = theta <= tol * top
-        alpha = torch.where(flat, 0.0, rho / curvature)
-        a = alpha.to(R.dtype)
-        X.addcmul_(D, a)
-        R.addcmul_(Q, a, value=-1)
+        alpha = np.where(flat, 0.0, rho / curvature)
+        add(X, D, alpha)
+        add(R, Q, -alpha)
         square = inner(R, R)
-        norm = square.sqrt()
-        best = torch.minimum(best, norm)
-        leave = flat | (norm <= target) | ~torch.isfinite(norm)
-        stalled = torch.zeros_like(leave)
+        norm = np.sqrt(square)
+        leave = flat | (norm <= target) | ~np.isfinite(norm)
+        best = np.minimum(best, norm)
         if step % patience == 0:
-            stalled = best >= last_best
-            leave, last_best = leave | stalled, best
-        if bool(leave.any()):
+            leave, last_best = leave | (best >= last_best), best
+        if leave.any():
             check_scalars(theta, step)
             check_scalars(norm, step)
-            gone = leave.nonzero().squeeze(1)
-            negative = theta < -tol * top
+            gone, keep = leave.nonzero()[0], (~leave).nonzero()[0]
             reasons = [
-                Status.NOT_POSITIVE if neg else Status.CONVERGED if small else Status.STAGNATED
-                for neg, small in zip(negative[gone].tolist(), (norm <= target)[gone].tolist(), strict=True)
+                Status.NOT_POSITIVE if negative else Status.CONVERGED if small else Status.STAGNATED
+                for negative, small in zip((theta < -tol * top)[gone], (norm <= target)[gone], strict=True)
             ]
-            result.leave(columns[gone], X[:, gone], step, reasons)
-            keep = (~leave).nonzero().squeeze(1)
-            if keep.numel() == 0:
+            result.leave(columns[gone], take(X, gone), step, reasons)
+            if not keep.size:
                 return result
             system, columns, target = system.select(keep), columns[keep], target[keep]
-            X, R, D = X[:, keep], R[:, keep], D[:, keep]
-            rho, size, top, best, last_best = rho[keep], size[keep], top[keep], best[keep], last_best[keep]
-            square, norm = square[keep], norm[keep]
-        Z = precondition(R)
-        rho_new = square if plain else inner(R, Z)
-        if not plain:
-            check_preconditioner(rho_new, norm)
-        beta = quotient(rho_new, rho)
-        D.mul_(beta.to(D.dtype)).add_(Z)
+            X, R, D = take(X, keep), take(R, keep), take(D, keep)
+            rho, size, top, square = rho[keep], size[keep], top[keep], square[keep]
+            best, last_best = best[keep], last_best[keep]
+        Z = R if precondition is None else precondition(R)
+        rho_new = square if precondition is None else _energy(R, Z, square)
+        beta = divide(rho_new, rho)
+        add(D, Z, np.ones_like(beta), scale=beta)
         size = rho_new + beta * beta * size
         rho = rho_new
     result.leave(columns, X, max_steps, [Status.MAX_STEPS] * len(columns))
     return result
+
+
+def _energy(R: Tensor, Z: Tensor, square: Scalars) -> Scalars:
+    """Rᴴ P⁻¹ R of every column, checked to be positive."""
+    rho = inner(R, Z)
+    check_preconditioner(rho, np.sqrt(square))
+    return rho

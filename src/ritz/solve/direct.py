@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import DomainError, OperandError
 from ..operators import Diagonal, Identity
 from ..result import Status
-from .system import Kernel, Outcome, Product, check_settings, default_rtol, norms
+from .system import Kernel, Outcome, Product, Scalars, check_settings, default_rtol, norms
 
 if TYPE_CHECKING:
     from ..operators import LinearOperator
@@ -71,7 +72,7 @@ class Direct:
         matrix, factor = factorise(A, shifted)
 
         def kernel(
-            product: Product, B: Tensor, X0: Tensor | None, target: Tensor, shift: Tensor | None, adjoint: bool
+            product: Product, B: Tensor, X0: Tensor | None, target: Scalars, shift: Tensor | None, adjoint: bool
         ) -> Outcome:
             X = factor(B, shift, adjoint)
             if matrix is None or not adjoint or A.hermitian:
@@ -81,10 +82,9 @@ class Direct:
             if shift is not None:
                 Y = Y + X * shift.to(X.dtype)
             residual = norms(B - Y)
-            if not bool(torch.isfinite(residual).all()):
+            if not np.isfinite(residual).all():
                 raise DomainError(_singular(A, "its solution overflowed"))
-            good = (residual <= target).tolist()
-            status = [Status.CONVERGED if ok else Status.STAGNATED for ok in good]
+            status = [Status.CONVERGED if ok else Status.STAGNATED for ok in residual <= target]
             return Outcome(X, residual, [1] * B.shape[1], status)
 
         return kernel

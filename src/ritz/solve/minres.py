@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,16 +16,20 @@ from .system import (
     Outcome,
     Pass,
     Product,
+    Scalars,
     System,
+    add,
     check_preconditioner,
     check_scalars,
     check_settings,
     default_rtol,
     default_steps,
+    divide,
     drive,
     inner,
     norms,
-    quotient,
+    row,
+    take,
 )
 
 if TYPE_CHECKING:
@@ -50,7 +55,7 @@ class MINRES:
         max_steps: iterations per column; None is 10 n, at least 100 and at most 10 000.
 
     Cost: one block product a step, of the columns that are not done, and one to check each column. Memory: the
-    solution and six more vectors a column (eight with a preconditioner). One synchronisation a step.
+    solution and six more vectors a column (eight with a preconditioner). Two synchronisations a step.
     Reference: Paige, Saunders, Solution of sparse indefinite systems of linear equations, 1975.
     """
 
@@ -74,14 +79,15 @@ class MINRES:
         limit = self.max_steps or default_steps(A.shape[0])
 
         def kernel(
-            product: Product, B: Tensor, X0: Tensor | None, target: Tensor, shift: Tensor | None, adjoint: bool
+            product: Product, B: Tensor, X0: Tensor | None, target: Scalars, shift: Tensor | None, adjoint: bool
         ) -> Outcome:
             return drive(iterate, System(product, precondition, shift), B, X0, target, limit, monotone=True)
 
         return kernel
 
 
-def iterate(system: System, R: Tensor, target: Tensor, max_steps: int) -> Pass:
+@np.errstate(all="ignore")
+def iterate(system: System, R: Tensor, target: Scalars, max_steps: int) -> Pass:
     """Lanczos and one Givens rotation [c s; s −c] a step, for every column of ``R``, until ‖r‖ ≤ target.
 
     Without a preconditioner ‖r‖ is φ, the last entry of the rotated right-hand side. With one, φ is ‖r‖ in the norm
@@ -89,67 +95,65 @@ def iterate(system: System, R: Tensor, target: Tensor, max_steps: int) -> Pass:
     ‖A r‖ = φ·hypot(γ̄, δ̄) tells when only a least-squares solution is left to find.
     """
     result = Pass(R)
-    columns = torch.arange(R.shape[1], device=R.device)
+    columns = np.arange(R.shape[1])
     tol = ROUNDING * torch.finfo(R.dtype).eps
-    plain = system.precondition is None
-    precondition = system.precondition or (lambda V: V)
+    precondition = system.precondition
 
-    def length(V: Tensor, PV: Tensor) -> Tensor:
-        if plain:
+    def length(V: Tensor, PV: Tensor) -> Scalars:
+        if precondition is None:
             return norms(V)
         square = inner(V, PV)
         check_preconditioner(square, norms(V))
-        return square.sqrt()
+        return np.sqrt(square)
 
     V, X = R.clone(), torch.zeros_like(R)  # V is the unnormalised Lanczos vector, PV = P⁻¹ V
-    PV = precondition(V)
+    PV = V if precondition is None else precondition(V)
     beta = length(V, PV)
     V_old, W, W_old = torch.zeros_like(R), torch.zeros_like(R), torch.zeros_like(R)
-    beta_old, scale = torch.zeros_like(beta), torch.zeros_like(beta)
-    phi, c, s, epsilon, delta_bar = beta, torch.full_like(beta, -1.0), *(torch.zeros_like(beta) for _ in range(3))
+    zero, one = np.zeros_like(beta), np.ones_like(beta)
+    beta_old = scale = s = epsilon = delta_bar = zero
+    phi, c = beta, -one
     for step in range(1, max_steps + 1):
-        direction = PV * quotient(torch.ones_like(beta), beta).to(R.dtype)
-        U = system.product(direction)
-        U = U - V_old * quotient(beta, beta_old).to(R.dtype)
+        direction = PV * row(divide(one, beta), PV)
+        U = V_old if step > 1 else torch.zeros_like(V)
+        U = add(U, system.product(direction), one, scale=-divide(beta, beta_old))
         alpha = inner(direction, U)
-        U = U - V * quotient(alpha, beta).to(R.dtype)
+        add(U, V, -divide(alpha, beta))
         V_old, V = V, U
-        PV = precondition(V)
+        PV = V if precondition is None else precondition(V)
         beta_old, beta = beta, length(V, PV)
-        scale = torch.maximum(scale, (alpha**2 + beta**2 + beta_old**2 * (step > 1)).sqrt())
-        beta = torch.where(beta <= tol * scale, 0.0, beta)  # the Krylov space is exhausted
+        scale = np.maximum(scale, np.sqrt(alpha**2 + beta**2 + (beta_old**2 if step > 1 else 0.0)))
+        beta = np.where(beta <= tol * scale, 0.0, beta)  # the Krylov space is exhausted
         # The new column of T, rotated by the last two rotations.
         epsilon_old, delta = epsilon, c * delta_bar + s * alpha
         gamma_bar = s * delta_bar - c * alpha
         epsilon, delta_bar = s * beta, -c * beta
-        steepness = torch.hypot(gamma_bar, delta_bar)  # ‖A r‖ / φ, of the residual before this step
-        gamma = torch.hypot(gamma_bar, beta)
+        steepness = np.hypot(gamma_bar, delta_bar)  # ‖A r‖ / φ, of the residual before this step
+        gamma = np.hypot(gamma_bar, beta)
         singular = (gamma <= tol * scale) | (steepness <= SINGULAR * tol * scale)
-        c, s = quotient(gamma_bar, gamma), quotient(beta, gamma)
-        tau, phi = torch.where(singular, 0.0, c * phi), torch.where(singular, phi, s * phi)
-        W_new = direction - W_old * epsilon_old.to(R.dtype) - W * delta.to(R.dtype)
-        W_old, W = W, W_new.mul_(quotient(torch.ones_like(gamma), gamma).to(R.dtype))
-        X.addcmul_(W, tau.to(R.dtype))
+        c, s = divide(gamma_bar, gamma), divide(beta, gamma)
+        tau, phi = np.where(singular, 0.0, c * phi), np.where(singular, phi, s * phi)
+        W_new = add(W_old, direction, one, scale=-epsilon_old)
+        add(W_new, W, -delta)
+        W_old, W = W, W_new.mul_(row(divide(one, gamma), W_new))
+        add(X, W, tau)
         norm = phi
-        if not plain:
-            R.mul_((s * s).to(R.dtype)).addcmul_(V, quotient(phi * c, beta).to(R.dtype), value=-1)
+        if precondition is not None:
+            add(R, V, -divide(phi * c, beta), scale=s * s)
             norm = norms(R)
-        leave = (norm <= target) | singular | (beta == 0) | ~torch.isfinite(norm + scale)
-        if bool(leave.any()):
+        leave = (norm <= target) | singular | (beta == 0) | ~np.isfinite(norm + scale)
+        if leave.any():
             check_scalars(norm + scale, step)
-            gone = leave.nonzero().squeeze(1)
-            reasons = [
-                Status.STAGNATED if bad else Status.CONVERGED for bad in (singular & (norm > target))[gone].tolist()
-            ]
-            result.leave(columns[gone], X[:, gone], step, reasons)
-            keep = (~leave).nonzero().squeeze(1)
-            if keep.numel() == 0:
+            gone, keep = leave.nonzero()[0], (~leave).nonzero()[0]
+            reasons = [Status.STAGNATED if bad else Status.CONVERGED for bad in (singular & (norm > target))[gone]]
+            result.leave(columns[gone], take(X, gone), step, reasons)
+            if not keep.size:
                 return result
             system, columns, target = system.select(keep), columns[keep], target[keep]
-            X, V, V_old, W, W_old = X[:, keep], V[:, keep], V_old[:, keep], W[:, keep], W_old[:, keep]
-            PV = V if plain else PV[:, keep]
-            R = R if plain else R[:, keep]
+            X, V, V_old, W, W_old = (take(x, keep) for x in (X, V, V_old, W, W_old))
+            PV = V if precondition is None else take(PV, keep)
+            R = R if precondition is None else take(R, keep)
             beta, beta_old, scale, phi = beta[keep], beta_old[keep], scale[keep], phi[keep]
-            c, s, epsilon, delta_bar = c[keep], s[keep], epsilon[keep], delta_bar[keep]
+            c, s, epsilon, delta_bar, one = c[keep], s[keep], epsilon[keep], delta_bar[keep], one[keep]
     result.leave(columns, X, max_steps, [Status.MAX_STEPS] * len(columns))
     return result

@@ -21,7 +21,7 @@ from .direct import Direct
 from .minres import MINRES
 from .multishift import solve_shifted
 from .preconditioners import as_product
-from .system import Kernel, Outcome, Product, default_steps, inner, solve_columns, worst
+from .system import Kernel, Outcome, Product, Scalars, default_steps, inner, solve_columns, worst
 
 Solver = CG | MINRES | Direct
 
@@ -147,7 +147,7 @@ def solve(
         Lam = adjoint.X
         if sigma is None:
             return Cotangents([Pair(-Lam)], [Lam])
-        sigma_bar = -inner(Lam, X).reshape(-1, count).sum(1)
+        sigma_bar = -torch.as_tensor(inner(Lam, X), device=X.device).reshape(-1, count).sum(1)
         return Cotangents([Pair(-Lam)], [Lam.reshape(Lam.shape[0], -1, count).sum(1), sigma_bar])
 
     # A copy, so that changing the result in place cannot reach the block that backward pairs with.
@@ -190,7 +190,7 @@ def _bind(method: Solver, run: Run, precondition: Product | None, sigma: Tensor 
     limit, values = method.max_steps or default_steps(run.A.shape[0]), sigma.detach().to(torch.float64)
 
     def kernel(
-        product: Product, B: Tensor, X0: Tensor | None, target: Tensor, shift: Tensor | None, adjoint: bool
+        product: Product, B: Tensor, X0: Tensor | None, target: Scalars, shift: Tensor | None, adjoint: bool
     ) -> Outcome:
         k = B.shape[1] // values.numel()
         return solve_shifted(product, B[:, :k], values, target[:k], limit)
@@ -212,26 +212,26 @@ def _adjoint(run: Run) -> Product:
     return product
 
 
-def _backward_method(method: Solver, target: Tensor) -> Solver:
+def _backward_method(method: Solver, target: Scalars) -> Solver:
     """The forward's method for the backward solve: an absolute tolerance has no meaning for a cotangent's scale."""
     if isinstance(method, Direct) or method.atol == 0:
         return method
     aimed = target[target < 1]
-    rtol = float(aimed.min()) if aimed.numel() else method.rtol
+    rtol = float(aimed.min()) if aimed.size else method.rtol
     return replace(method, rtol=rtol or method.rtol, atol=0.0)
 
 
 def _info(method: Solver, out: Outcome, products: int, shape: tuple[int, int] | None) -> Info:
     """The report; ``shape`` is (s, k) with shifts."""
     details = {"steps": tuple(out.steps), "status": tuple(out.status), **out.details}
-    residual = out.residual if shape is None else out.residual.reshape(shape)
+    residual = torch.from_numpy(out.residual if shape is None else out.residual.reshape(shape))
     depth = max(out.steps, default=0)
     return Info(method, products, depth, residual, status=worst(out.status), details=details)
 
 
-def _at_worst(out: Outcome, target: Tensor) -> float:
+def _at_worst(out: Outcome, target: Scalars) -> float:
     """The target of the column with the largest residual, for the warning's text."""
-    return float(target[out.residual.argmax()]) if target.numel() else 0.0
+    return float(target[out.residual.argmax()]) if target.size else 0.0
 
 
 def _dense_products(method: Solver, A: LinearOperator) -> int:

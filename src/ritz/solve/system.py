@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,10 @@ from ..errors import DomainError, NonFiniteError, OperandError
 from ..result import Status
 
 Product = Callable[[Tensor], Tensor]
+
+# One float64 number per column, on the host: a step needs some twenty operations on them, each of which is several
+# times cheaper there than as a torch operation, on the CPU and (two synchronisations against twenty launches) elsewhere.
+Scalars = np.ndarray
 
 # A column that was sent back must at least halve its recomputed residual, or it has stagnated.
 HALVED = 0.5
@@ -41,9 +46,9 @@ class System:
         Y = self.matmat(X)
         return Y if self.shift is None else Y + X * self.shift.to(X.dtype)
 
-    def select(self, columns: Tensor) -> System:
+    def select(self, columns: Sequence[int] | Scalars) -> System:
         """The system of some columns only."""
-        return self if self.shift is None else replace(self, shift=self.shift[columns])
+        return self if self.shift is None else replace(self, shift=take(self.shift, columns))
 
 
 @dataclass
@@ -52,14 +57,14 @@ class Outcome:
 
     Attributes:
         X: (n, k).
-        residual: recomputed ‖b − A x‖ / ‖b‖, (k,) float64.
+        residual: recomputed ‖b − A x‖ / ‖b‖, (k,).
         steps: iterations of every column.
         status: stop reason of every column.
         details: further entries of ``Info.details``.
     """
 
     X: Tensor
-    residual: Tensor
+    residual: Scalars
     steps: list[int]
     status: list[Status]
     details: dict[str, object] = field(default_factory=dict)
@@ -79,9 +84,9 @@ class Pass:
         self.steps = [0] * like.shape[1]
         self.stop = [Status.MAX_STEPS] * like.shape[1]
 
-    def leave(self, columns: Tensor, X: Tensor, step: int, stop: Sequence[Status]) -> None:
+    def leave(self, columns: Scalars, X: Tensor, step: int, stop: Sequence[Status]) -> None:
         """Store the finished ``columns`` (indices into the block that the pass began with)."""
-        self.X[:, columns] = X
+        self.X[:, torch.as_tensor(columns, device=X.device)] = X
         for j, reason in zip(columns.tolist(), stop, strict=True):
             self.steps[j], self.stop[j] = step, reason
 
@@ -89,63 +94,75 @@ class Pass:
 class Iteration(Protocol):
     """One uninterrupted iteration from residuals ``R`` (which it may overwrite) down to norms ``target`` (k,)."""
 
-    def __call__(self, system: System, R: Tensor, target: Tensor, max_steps: int) -> Pass: ...
+    def __call__(self, system: System, R: Tensor, target: Scalars, max_steps: int) -> Pass: ...
 
 
 class Kernel(Protocol):
     """A method bound to an operator: unit-norm right-hand sides in, checked solutions out."""
 
     def __call__(
-        self, product: Product, B: Tensor, X0: Tensor | None, target: Tensor, shift: Tensor | None, adjoint: bool
+        self, product: Product, B: Tensor, X0: Tensor | None, target: Scalars, shift: Tensor | None, adjoint: bool
     ) -> Outcome: ...
 
 
-class Method(Protocol):
-    """What a method value of this folder gives to ``solve``."""
-
-    @property
-    def rtol(self) -> float | None: ...
-
-    @property
-    def atol(self) -> float: ...
-
-
-def inner(X: Tensor, Y: Tensor) -> Tensor:
-    """Re x_jᴴ y_j of every column, accumulated in float64, (k,)."""
+def inner(X: Tensor, Y: Tensor) -> Scalars:
+    """Re x_jᴴ y_j of every column, accumulated in float64, (k,); one synchronisation."""
     if X.is_complex():
         X, Y = torch.view_as_real(X.resolve_conj()), torch.view_as_real(Y.resolve_conj())
-        return (X * Y).sum((0, 2), dtype=torch.float64)
+        return (X * Y).sum((0, 2), dtype=torch.float64).cpu().numpy()
     if X.shape[1] == 1 and X.dtype == torch.float64:
-        return torch.dot(X.squeeze(1), Y.squeeze(1)).reshape(1)
-    return (X * Y).sum(0, dtype=torch.float64)
+        return np.array([torch.dot(X.squeeze(1), Y.squeeze(1)).item()])
+    return (X * Y).sum(0, dtype=torch.float64).cpu().numpy()
 
 
-def norms(X: Tensor) -> Tensor:
+def norms(X: Tensor) -> Scalars:
     """‖x_j‖ of every column, accumulated in float64, (k,)."""
-    return inner(X, X).sqrt()
+    return np.sqrt(inner(X, X))
 
 
-def quotient(a: Tensor, b: Tensor) -> Tensor:
+def add(X: Tensor, V: Tensor, a: Scalars, *, scale: Scalars | None = None) -> Tensor:
+    """x_j ← scale_j x_j + a_j v_j in place."""
+    if a.size == 1:  # no tensor for the coefficient
+        if scale is not None:
+            X.mul_(float(scale[0]))
+        return X.add_(V, alpha=float(a[0]))
+    if scale is not None:
+        X.mul_(row(scale, X))
+    return X.addcmul_(V, row(a, X))
+
+
+def row(a: Scalars, like: Tensor) -> Tensor:
+    """Host numbers as a tensor that multiplies columns."""
+    return torch.as_tensor(a, dtype=like.dtype, device=like.device)
+
+
+def divide(a: Scalars, b: Scalars) -> Scalars:
     """a / b, and 0 where b is 0."""
-    return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
+    return np.where(b == 0, 0.0, a / np.where(b == 0, 1.0, b))
 
 
-def check_scalars(x: Tensor, step: int) -> None:
+def take(X: Tensor, columns: Sequence[int] | Scalars) -> Tensor:
+    """Some columns of a block, as a copy."""
+    return X.index_select(-1, torch.as_tensor(columns, dtype=torch.long, device=X.device))
+
+
+def check_scalars(x: Scalars, step: int) -> None:
     """Raise where a product returned NaN or Inf."""
-    if not bool(torch.isfinite(x).all()):
+    if not np.isfinite(x).all():
         raise NonFiniteError(
             f"the product with A returned NaN or Inf (or overflowed) in step {step} of the solve; expected finite "
             "numbers: check the operator's data, and its product with a random vector"
         )
 
 
-def check_preconditioner(energy: Tensor, norm: Tensor) -> None:
+def check_preconditioner(energy: Scalars, norm: Scalars) -> None:
     """Raise where rᴴ P⁻¹ r is not positive although r is not zero."""
-    if not bool(((energy > 0) | (norm == 0)).all()):
+    bad = ~(energy > 0) & (norm > 0)
+    if bad.any():
+        j = int(bad.argmax())
         raise DomainError(
-            f"the preconditioner is not positive definite: rᴴ P⁻¹ r = {float(energy.min()):.3g} for a residual of norm "
-            f"{float(norm[energy.argmin()]):.3g}; expected a positive number: use a positive definite preconditioner, "
-            "or none"
+            f"the preconditioner is not positive definite: rᴴ P⁻¹ r = {energy[j]:.3g} for a residual of norm "
+            f"{norm[j]:.3g}; expected a positive number: use a positive definite preconditioner, or none"
         )
 
 
@@ -167,7 +184,7 @@ def drive(
         system: product, preconditioner and shifts.
         B: right-hand sides of unit norm (n, k).
         X: first guess (n, k), or None for zero.
-        target: norms of b − A x to reach, (k,) float64.
+        target: norms of b − A x to reach, (k,).
         max_steps: iterations that a column may spend altogether.
         monotone: whether the iteration lowers ‖r‖ at every step, so that a larger one means that it broke down.
         spent: iterations already spent on every column.
@@ -178,34 +195,33 @@ def drive(
     residual = norms(R)
     check_scalars(residual, 0)
     steps = list(spent) if spent is not None else [0] * k
-    status = [Status.CONVERGED if good else Status.MAX_STEPS for good in (residual <= target).tolist()]
+    status = [Status.CONVERGED if good else Status.MAX_STEPS for good in residual <= target]
     todo = [j for j in range(k) if status[j] is not Status.CONVERGED and steps[j] < max_steps]
     while todo:
-        index = torch.tensor(todo, device=B.device)
-        part = system.select(index)
-        done = iterate(part, R.index_select(1, index), target[index], max_steps - max(steps[j] for j in todo))
-        trial = X[:, index] + done.X
-        R[:, index] = B[:, index] - part.product(trial)
-        now = norms(R[:, index])
+        part = system.select(todo)
+        done = iterate(part, take(R, todo), target[todo], max_steps - max(steps[j] for j in todo))
+        trial = take(X, todo) + done.X
+        R_new = take(B, todo) - part.product(trial)
+        now, before = norms(R_new), residual[todo]
         check_scalars(now, max(done.steps))
-        before, reached = residual[index].tolist(), (now <= target[index]).tolist()
         again, kept = [], []
-        for i, (j, norm) in enumerate(zip(todo, now.tolist(), strict=True)):
+        for i, j in enumerate(todo):
             steps[j] += done.steps[i]
             # Unfinished steps of CG are kept: they lower the error's energy norm, not always ‖r‖.
-            if norm <= before[i] or (done.stop[i] is Status.MAX_STEPS and not monotone):
+            if now[i] <= before[i] or (done.stop[i] is Status.MAX_STEPS and not monotone):
                 kept.append(i)
-            if reached[i]:
+                residual[j] = now[i]
+            if residual[j] <= target[j]:
                 status[j] = Status.CONVERGED
             elif done.stop[i] in (Status.MAX_STEPS, Status.NOT_POSITIVE):
                 status[j] = done.stop[i]
-            elif norm > HALVED * before[i]:
+            elif now[i] > HALVED * before[i]:
                 status[j] = Status.STAGNATED
             elif steps[j] < max_steps:
-                again.append(i)
-        keep = torch.tensor(kept, dtype=torch.long, device=B.device)
-        X[:, index[keep]], residual[index[keep]] = trial[:, keep], now[keep]
-        todo = [todo[i] for i in again]
+                again.append(j)
+        places = torch.tensor([todo[i] for i in kept], dtype=torch.long, device=B.device)
+        X[:, places], R[:, places] = take(trial, kept), take(R_new, kept)
+        todo = again
     return Outcome(X, residual, steps, status)
 
 
@@ -219,32 +235,32 @@ def solve_columns(
     atol: float,
     shift: Tensor | None = None,
     adjoint: bool = False,
-) -> tuple[Outcome, Tensor]:
+) -> tuple[Outcome, Scalars]:
     """Normalise the right-hand sides, leave out those that are zero, solve, and scale back.
 
     Returns:
-        The outcome for all columns, and the relative target max(rtol, atol/‖b‖) of each, (k,) float64.
+        The outcome for all columns, and the relative target max(rtol, atol/‖b‖) of each, (k,).
     """
     k = B.shape[1]
+    target = np.full(k, rtol)
+    out = Outcome(torch.zeros_like(B), np.zeros(k), [0] * k, [Status.CONVERGED] * k)
     largest = B.abs().amax(0) if B.shape[0] else torch.zeros(k, device=B.device)
     live = (largest > 0).nonzero().squeeze(1)
-    target = torch.full((k,), rtol, dtype=torch.float64, device=B.device)
-    out = Outcome(torch.zeros_like(B), torch.zeros_like(target), [0] * k, [Status.CONVERGED] * k)
     if live.numel() == 0:
         return out, target
     # In two divisions: the squares of entries of 1e-30 underflow in float32, and ‖b‖ itself may overflow.
     first = largest[live]
     U = B[:, live] / first
-    second = norms(U)
-    U = U / second
-    target[live] = (atol / (second * first.to(torch.float64))).clamp_min(rtol)
+    length = norms(U)
+    second = row(length, first)
+    where = live.cpu().numpy()
+    with np.errstate(over="ignore", under="ignore"):
+        target[where] = np.maximum(rtol, atol / first.cpu().double().numpy() / length)
     start = None if X0 is None else X0[:, live] / first / second
-    if start is not None:
-        start = start.to(B.dtype)
-    part = kernel(product, U.to(B.dtype), start, target[live], None if shift is None else shift[live], adjoint)
-    out.X[:, live] = (part.X * second.to(part.X.dtype)) * first
-    out.residual[live] = part.residual
-    for i, j in enumerate(live.tolist()):
+    part = kernel(product, U / second, start, target[where], None if shift is None else shift[live], adjoint)
+    out.X[:, live] = (part.X * second) * first
+    out.residual[where] = part.residual
+    for i, j in enumerate(where.tolist()):
         out.steps[j], out.status[j] = part.steps[i], part.status[i]
     out.details = part.details
     return out, target

@@ -282,6 +282,10 @@ _ENTRIES: dict[str, _Entry] = {
         lambda: matrices.suitesparse("1138_bus"), True, True, "power network, condition about 1e7, CSR", large=True
     ),
     "bloweybq": _Entry(
-        lambda: matrices.suitesparse("bloweybq"), True, False, "materials problem, indefinite, CSR", large=True
+        lambda: matrices.suitesparse("bloweybq"),
+        True,
+        True,
+        "materials problem, definite by less than rounding, CSR",
+        large=True,
     ),
 }
