@@ -54,12 +54,12 @@ examples: $(STAMP)  ## run every script in examples/ at its small size
 
 bench-env: $(BENCH_STAMP)  ## create .venv-bench with the packages that we compare with
 
-$(BENCH_STAMP): pyproject.toml constraints.txt
+$(BENCH_STAMP): pyproject.toml constraints.txt benchmarks/requirements.txt
 	@test -x $(BENCH)/bin/python || { echo "== creating $(BENCH)"; $(PYTHON) -m venv $(BENCH); }
 	@echo "== installing torch (pinned in constraints.txt)"
 	$(BENCH)/bin/python -m pip install --quiet -c constraints.txt torch
-	@echo "== installing the peers and ritz (not pinned: claims hold against what people install today)"
-	$(BENCH)/bin/python -m pip install --quiet jax jaxlib matfree gpytorch scipy matplotlib -e '.[all]' "torch==$$($(BENCH)/bin/python -c 'import torch; print(torch.__version__.split("+")[0])')"
+	@echo "== installing the peers and ritz (versions from benchmarks/requirements.txt)"
+	$(BENCH)/bin/python -m pip install --quiet -r benchmarks/requirements.txt -e '.[all]'
 	@# Some peers pull in torchvision, whose build may not match the torch above and then breaks at import.
 	@$(BENCH)/bin/python -m pip uninstall --quiet --yes torchvision 2>/dev/null || true
 	@touch $@

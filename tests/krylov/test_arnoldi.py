@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from tests.krylov import loops
 
 from ritz.errors import NonFiniteError
 from ritz.krylov.arnoldi import ArnoldiState, adjoint_arnoldi, run_arnoldi
-from tests.krylov import loops
 
 DTYPES = [torch.float64, torch.float32, torch.complex128, torch.complex64]
 FIELDS = ("Q", "H", "residual", "norm", "depth")

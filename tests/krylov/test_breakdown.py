@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from tests.krylov import loops
 
 from ritz.krylov.arnoldi import adjoint_arnoldi, run_arnoldi
 from ritz.krylov.lanczos import adjoint_lanczos, run_lanczos
-from tests.krylov import loops
 
 FLOAT = {"dtype": torch.float64}
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from tests.krylov import loops
 
 from ritz.errors import NonFiniteError
 from ritz.krylov.golub_kahan import adjoint_golub_kahan, run_golub_kahan
-from tests.krylov import loops
 
 DTYPES = [torch.float64, torch.float32, torch.complex128, torch.complex64]
 BARS = ("U_bar", "V_bar", "alpha_bar", "beta_bar", "residual_bar", "norm_bar")

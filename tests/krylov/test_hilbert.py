@@ -7,11 +7,11 @@ Run this file as a script for the table in docs/derivations/arnoldi.md.
 
 import pytest
 import torch
+from tests.krylov import loops
 
 from ritz.krylov import progress
 from ritz.krylov.arnoldi import adjoint_arnoldi, run_arnoldi
 from ritz.krylov.lanczos import adjoint_lanczos, run_lanczos
-from tests.krylov import loops
 
 FLOAT = {"dtype": torch.float64}
 
@@ -111,9 +111,7 @@ def test_projected_arnoldi_adjoint_beats_autograd_through_the_loop():
 
 if __name__ == "__main__":
     progress.BREAKDOWN = 0.0
-    print(
-        "| n | Arnoldi, projected | Arnoldi, not projected | Arnoldi, loop | Lanczos, projected | Lanczos, three-term | loop |"
-    )
+    print("| n | Arnoldi, projected | not projected | loop | Lanczos, projected | three-term | loop |")
     print("|---|---|---|---|---|---|---|")
     for size in range(1, 13):
         row = [

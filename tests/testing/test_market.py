@@ -214,7 +214,7 @@ def test_large_sizes_and_definiteness():
 def test_bloweybq_is_positive_definite():
     """The collection files it under indefinite matrices; the numbers that it stores say otherwise.
 
-    Exactly, A = [[a, (Lg)ᵀ], [Lg, L²/2 + D]]: L the Laplacian of a path, g = −(e₁ + eₙ)/4, and D three symmetric pairs of
+    Exactly, A = [[a, (Lg)ᵀ], [Lg, L²/2 + D]]: L the Laplacian of a path, g = −(e₁ + eₙ)/4, D three symmetric pairs of
     entries among nodes 3 to 6. So for x = (s, y), xᵀAx is the sum of
     a s² + 2 s gᵀLy + 0.01 ‖Ly‖², nonnegative because 0.01 a > ‖g‖², and
     0.49 ‖Ly‖² + yᵀDy, nonnegative because it is so with only the rows of L that touch the first eight nodes.

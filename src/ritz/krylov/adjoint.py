@@ -1,7 +1,7 @@
 """Reverse mode of an orthonormal Krylov factorisation A Q = Q H + r e_kᵀ, QᴴQ = I, Qᴴr = 0, ‖v‖ q₁ = v.
 
-The gradient of a loss ℓ(Q, H, r, ‖v‖) is Σ_j Re⟨λ_j, dA q_j⟩ + Re⟨v̄, dv⟩. The λ_j are Lagrange multipliers; stationarity
-gives them from j = k down to 1 with one product with Aᴴ each. Derivation: docs/derivations/arnoldi.md, lanczos.md.
+The gradient of a loss ℓ(Q, H, r, ‖v‖) is Σ_j Re⟨λ_j, dA q_j⟩ + Re⟨v̄, dv⟩. The λ_j are Lagrange multipliers, and
+stationarity gives them from j = k down to 1 with one product with Aᴴ each. Derivation: docs/derivations/arnoldi.md.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def adjoint_orthonormal(
 
         β_{j−1} λ_{j−1} = q̄_j + Aᴴλ_j − Σ_{i≥j} conj(H_ji) λ_i + r conj(γ_j) + Q S e_j .
 
-    Args:      rmatmat: the product with Aᴴ, (n, m) → (n, m).  Q (m, k, n), H (m, k, k), residual (m, n), norm (m,), depth
-               (m,): the finished run.  Q_bar, H_bar, residual_bar, norm_bar: cotangents, zero past the depth already;
+    Args:      rmatmat: the product with Aᴴ, (n, m) → (n, m).  Q (m, k, n), H (m, k, k), residual (m, n), norm (m,),
+               depth (m,): the finished run.  Q_bar, H_bar, residual_bar, norm_bar: cotangents, zero past the depth already;
                only the Hessenberg part of H_bar is read.  band: nonzeros of H right of and on the diagonal
                in each row (2 for Lanczos, k for Arnoldi).  project: compute S from inner products with the vectors at
                hand, and correct every λ by a second projection. False takes these inner products from the

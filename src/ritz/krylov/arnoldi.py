@@ -102,8 +102,8 @@ def adjoint_arnoldi(
 ) -> tuple[Tensor, Tensor]:
     """Reverse mode of :func:`run_arnoldi`: multipliers Λ and v̄ with dℓ = Σ_j Re⟨λ_j, dA q_j⟩ + Re⟨v̄, dv⟩.
 
-    Args:      rmatmat: the product with Aᴴ, (n, m) → (n, m).  state: the finished run.  Q_bar (m, k, n), H_bar (m, k, k),
-               residual_bar (m, n), norm_bar (m,): cotangents, None for zero. Only the Hessenberg part of H_bar
+    Args:      rmatmat: the product with Aᴴ, (n, m) → (n, m).  state: the finished run.  Q_bar (m, k, n), H_bar
+               (m, k, k), residual_bar (m, n), norm_bar (m,): cotangents, None for zero. Only the Hessenberg part of H_bar
                is read, and of its subdiagonal the real part; cotangents of masked entries are ignored, but those of the
                filler diagonal belong to H[0, 0].  reorthogonalize: as in the run.  project: see
                :func:`adjoint_orthonormal`; False only for the study of the effect.
@@ -122,7 +122,22 @@ def adjoint_arnoldi(
     H = state.H.masked_fill(past.unsqueeze(1), 0)
     if residual_bar is not None:
         residual_bar = residual_bar * (norms(state.residual) > 0).unsqueeze(1)
-    bars = {"Q_bar": mask_rows(Q_bar, depth), "H_bar": H_bar, "residual_bar": residual_bar, "norm_bar": norm_bar}
+    Q, r, Q_bar = state.Q, state.residual, mask_rows(Q_bar, depth)
     if not reorthogonalize:
-        return adjoint_one_pass(rmatmat, state.Q, H, state.residual, state.norm, **bars)
-    return adjoint_orthonormal(rmatmat, state.Q, H, state.residual, state.norm, depth, **bars, band=k, project=project)
+        return adjoint_one_pass(
+            rmatmat, Q, H, r, state.norm, Q_bar=Q_bar, H_bar=H_bar, residual_bar=residual_bar, norm_bar=norm_bar
+        )
+    return adjoint_orthonormal(
+        rmatmat,
+        Q,
+        H,
+        r,
+        state.norm,
+        depth,
+        Q_bar=Q_bar,
+        H_bar=H_bar,
+        residual_bar=residual_bar,
+        norm_bar=norm_bar,
+        band=k,
+        project=project,
+    )

@@ -4,8 +4,8 @@ An iteration ends when its new residual is rounding, ‖r‖ ≤ BREAKDOWN·eps�
 largest entries of the small matrix seen so far. From then on its basis rows are zero: dividing by infinity does that
 without a branch, and A 0 = 0 keeps it so.
 
-On the CPU the bookkeeping is done in Python numbers (a scalar read costs 0.5 µs, a tensor operation 2–5 µs); elsewhere in
-tensors, because a scalar read would drain the device's queue at every step.
+On the CPU the bookkeeping is done in Python numbers (a scalar read costs 0.5 µs, a tensor operation 2–5 µs); elsewhere
+in tensors, because a scalar read would drain the device's queue at every step.
 """
 
 from __future__ import annotations

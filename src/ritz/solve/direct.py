@@ -103,7 +103,8 @@ def factorise(A: LinearOperator, shifted: bool) -> tuple[Tensor | None, Factor]:
     if shifted:
         if not A.hermitian:
             raise OperandError(
-                "shifts= needs a Hermitian operator; declare hermitian=True if it is, or solve with A.shift(sigma) for one shift"
+                "shifts= needs a Hermitian operator; declare hermitian=True if it is, or solve with A.shift(sigma) for "
+                "one shift at a time"
             )
         return matrix, _eigen(A, matrix)
     return matrix, _cholesky(A, matrix) if A.psd else _lu(A, matrix)

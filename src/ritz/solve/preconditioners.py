@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import DomainError, OperandError
 from ..numerics import full_precision
-from ..operators import Counting, Declared, Diagonal, Identity, LinearOperator, Scaled, Sum
+from ..operators import Counting, Declared, Identity, LinearOperator, Scaled, Sum
 from .system import Product
 
 Shift = float | Tensor
@@ -100,7 +100,7 @@ class LowRankPreconditioner(Preconditioner):
         super().__init__((n, n), factor.dtype, factor.device, psd=True)
         value = float(shift)
         if not (value > 0 and value < float("inf")):
-            raise DomainError(f"a low-rank preconditioner needs a shift σ² > 0; got {value:.3g}: pass build(A, shift=...)")
+            raise DomainError(f"a low-rank preconditioner needs a shift σ² > 0; got {value:.3g}: build(A, shift=...)")
         self.factor = factor
         self.noise = shift
         self.pivots: Tensor | None = None

@@ -105,7 +105,7 @@ def solve(
             B = B.repeat(1, sigma.numel())
         precondition = as_product(preconditioner, A)
         kernel = _bind(method, run, precondition, sigma, shared=True)
-        out, target = solve_columns(kernel, run.matmat, B, first, rtol=method.rtol, atol=method.atol, shift=shift)
+        out, target = solve_columns(kernel, run.matmat, B, first, rtol=method.rtol or 0.0, atol=method.atol, shift=shift)
         products = run.num_matvecs + _dense_products(method, A)
     info = _info(method, out, products, None if sigma is None else (sigma.numel(), count))
     what = f"solve by {method} at n={A.shape[0]} in {A.dtype}"
@@ -138,7 +138,7 @@ def solve(
         before = run.num_matvecs
         solver = reverse or _bind(aim, run, precondition, sigma, shared=False)
         adjoint, target = solve_columns(
-            solver, _adjoint(run), unfold(x_bar), None, rtol=aim.rtol, atol=aim.atol, shift=shift, adjoint=True
+            solver, _adjoint(run), unfold(x_bar), None, rtol=aim.rtol or 0.0, atol=aim.atol, shift=shift, adjoint=True
         )
         products = run.num_matvecs - before + (_dense_products(aim, A) if reverse is None else 0)
         info.backward = _info(aim, adjoint, products, None if sigma is None else (sigma.numel(), count))
@@ -252,7 +252,7 @@ def _shift_tensor(shifts: Any, A: LinearOperator) -> Tensor:
     sigma = shifts if isinstance(shifts, Tensor) else torch.as_tensor(shifts, dtype=torch.float64)
     if sigma.ndim != 1 or sigma.numel() == 0 or not sigma.is_floating_point():
         raise OperandError(
-            f"shifts has shape {tuple(sigma.shape)} and dtype {sigma.dtype}; expected a real floating-point tensor (s,) "
-            "with s >= 1 (one shift sigma: solve with A.shift(sigma))"
+            f"shifts has shape {tuple(sigma.shape)} and dtype {sigma.dtype}; expected a real floating-point tensor "
+            "(s,) with s >= 1 (one shift sigma: solve with A.shift(sigma))"
         )
     return sigma.to(A.device)

@@ -20,8 +20,8 @@ from ..result import Status
 
 Product = Callable[[Tensor], Tensor]
 
-# One float64 number per column, on the host: a step needs some twenty operations on them, each of which is several
-# times cheaper there than as a torch operation, on the CPU and (two synchronisations against twenty launches) elsewhere.
+# One float64 number per column, on the host: a step needs some twenty operations on them, each several times cheaper
+# there than as a torch operation (on a GPU: two synchronisations against twenty launches).
 Scalars = np.ndarray
 
 # A column that was sent back must at least halve its recomputed residual, or it has stagnated.
@@ -171,7 +171,7 @@ def drive(
     system: System,
     B: Tensor,
     X: Tensor | None,
-    target: Tensor,
+    target: Scalars,
     max_steps: int,
     *,
     monotone: bool = False,
@@ -288,4 +288,4 @@ def check_settings(name: str, rtol: float | None, atol: float, max_steps: int | 
     if not 0 <= atol < float("inf"):
         raise OperandError(f"{name}(atol={atol!r}): expected a finite number >= 0")
     if max_steps is not None and max_steps < 1:
-        raise OperandError(f"{name}(max_steps={max_steps!r}): expected at least 1, or None for 10 n within 100 … 10 000")
+        raise OperandError(f"{name}(max_steps={max_steps!r}): expected at least 1, or None for 10 n in 100 … 10 000")
