@@ -1,10 +1,19 @@
 """ritz: gradients of functions of large matrices, and learning with the curvature they give."""
 
 from . import errors, functions, krylov, operators, stochastic
-from .errors import ConvergenceWarning
+from .errors import (
+    BreakdownError,
+    ConvergenceError,
+    ConvergenceWarning,
+    DomainError,
+    NonFiniteError,
+    OperandError,
+    RitzError,
+)
 from .functions import bilinear_form, expm_multiply, funm_multiply, quadratic_form
 from .methods import Adjoint, Arnoldi, Auto, Frechet, Lanczos, Unrolled
 from .operators import Counting, LinearOperator, aslinearoperator
+from .ravel import ravel
 from .result import Info, Status
 from .stochastic import Hutchinson, diagonal, logdet, trace
 
@@ -14,13 +23,19 @@ __all__ = [
     "Adjoint",
     "Arnoldi",
     "Auto",
+    "BreakdownError",
+    "ConvergenceError",
     "ConvergenceWarning",
     "Counting",
+    "DomainError",
     "Frechet",
     "Hutchinson",
     "Info",
     "Lanczos",
     "LinearOperator",
+    "NonFiniteError",
+    "OperandError",
+    "RitzError",
     "Status",
     "Unrolled",
     "aslinearoperator",
@@ -34,6 +49,7 @@ __all__ = [
     "logdet",
     "operators",
     "quadratic_form",
+    "ravel",
     "stochastic",
     "trace",
 ]
