@@ -21,7 +21,6 @@ from _common import Case, Problem
 from jax.experimental import sparse as jsparse
 from matfree import decomp, funm
 
-CONTESTANTS = ("matfree forward", "matfree adjoint")
 FUNCTIONS = {"log": jnp.log, "gauss": lambda x: jnp.exp(-x * x)}
 
 

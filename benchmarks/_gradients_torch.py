@@ -12,7 +12,6 @@ import torch
 from _common import Case, Problem
 from torch import Tensor
 
-CONTESTANTS = ("loop forward", "loop autograd", "ritz forward", "ritz Frechet", "ritz Adjoint")
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"log": torch.log, "gauss": lambda x: torch.exp(-x * x)}
 
 
@@ -111,8 +110,10 @@ class Setup:
 
     def numbers(self, result: Any) -> tuple[float, np.ndarray | None]:
         value, grads = result if isinstance(result, tuple) else (result, None)
-        flat = None if grads is None else torch.cat([g.reshape(-1) for g in grads]).cpu().numpy()
-        return float(value), flat
+        if grads is None:
+            return float(value), None
+        strided = [g.values() if g.layout == torch.sparse_csr else g for g in grads]
+        return float(value), torch.cat([g.reshape(-1) for g in strided]).cpu().numpy()
 
     def case(self, call: Callable, count: Callable, info: dict[str, Any]) -> Case:
         if self.device == "cpu":
@@ -227,17 +228,22 @@ def ritz_cases(worker: str, setup: Setup, spec: dict) -> Callable[[int], Case]:
     import ritz
 
     problem, n = setup.problem, setup.problem.n
-    rule = {"ritz Adjoint": ritz.Adjoint, "ritz Frechet": ritz.Frechet, "ritz forward": ritz.Frechet}[worker]
+    rule = ritz.Adjoint if worker == "ritz Adjoint" else ritz.Frechet
     backward = worker != "ritz forward"
-    warnings.filterwarnings("ignore", category=ritz.errors.ConvergenceWarning)
+    warnings.filterwarnings("ignore", category=ritz.ConvergenceWarning)
     f = ritz.functions.log if problem.function == "log" else setup.f
     if problem.name == "network":
         options = {"shape": (n, n), "dtype": torch.float64, "device": setup.device, "block": True}
         A = ritz.aslinearoperator(setup.product, hermitian=True, psd=True, **options)
     else:
-        matrix = setup.params[0] if backward else setup.params[0].detach()
         # built once: what is timed is the value and its gradient, as for the peers
-        matrix = csr(problem, matrix) if problem.dense is None else matrix
+        matrix = setup.params[0].detach()
+        if problem.dense is None and worker == "ritz Frechet, COO":
+            indices = torch.from_numpy(np.stack([problem.rows, problem.cols])).to(setup.device)
+            matrix = torch.sparse_coo_tensor(indices, setup.params[0], (n, n), is_coalesced=True)
+        else:  # the matrix is the leaf: torch differentiates its CSR constructor through a dense n × n mask
+            matrix = csr(problem, matrix) if problem.dense is None else matrix
+            setup.params = [matrix.requires_grad_(backward)]
         A = ritz.aslinearoperator(matrix, hermitian=True, psd=problem.function == "log")
 
     def at_depth(k: int) -> Case:

@@ -8,6 +8,7 @@ network    the same at depth 240 against 160, products recomputed with autograd 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -148,9 +149,12 @@ def network_reference(problem: Problem) -> tuple[float, np.ndarray, str]:
 
 def reference(problem: Problem, cache: Path) -> tuple[Path, str]:
     """The file with `value` and flat `grad`, and how they were found; computed on the first call for these settings."""
-    tag = "-".join(f"{key}{val}" for key, val in problem.settings.items())
-    tag = "".join(c if c.isalnum() or c in "-." else "_" for c in tag)
-    path = cache / f"reference-{problem.name}-{tag}.npz"
+    digest = hashlib.sha256(Path(__file__).read_bytes() + repr(problem.settings).encode())
+    for array in (problem.v, problem.rows, problem.cols, problem.values, problem.dense):
+        digest.update(b"" if array is None else array.tobytes())
+    if problem.name == "network":
+        digest.update(Path(__file__).with_name("_network.py").read_bytes())
+    path = cache / f"reference-{problem.name}-{digest.hexdigest()[:16]}.npz"
     if not path.is_file():
         solve = {
             "laplacian": laplacian_reference,

@@ -23,6 +23,7 @@ COLOURS = {
     "matfree adjoint": ("tab:red", "-", "s"),
     "ritz forward": ("tab:cyan", "--", "o"),
     "ritz Adjoint": ("tab:green", "-", "D"),
+    "ritz Frechet, COO": ("tab:blue", ":", "x"),
     "ritz Frechet": ("tab:blue", "-", "o"),
 }
 
@@ -33,11 +34,11 @@ def merge(records: list[dict]) -> list[dict]:
     for record in records:
         key = (record["problem"], record["contestant"], record["k"])
         entry = merged.setdefault(key, {"samples": [], "round_medians": []})
-        samples = record.pop("samples", [])
+        samples = record.get("samples", [])
         if samples:
             entry["samples"] += samples
             entry["round_medians"].append(float(np.median(samples)))
-        entry.update({name: value for name, value in record.items() if value is not None})
+        entry.update({name: value for name, value in record.items() if name != "samples" and value is not None})
     for entry in merged.values():
         if entry["samples"]:
             q1, entry["median_s"], q3 = (float(x) for x in np.percentile(entry["samples"], [25, 50, 75]))

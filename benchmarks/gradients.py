@@ -20,24 +20,17 @@ from pathlib import Path
 import _common
 from _common import PROBLEMS, ROOT
 
-TORCH = ("loop forward", "loop autograd", "ritz forward", "ritz Frechet", "ritz Adjoint")
-JAX = ("matfree forward", "matfree adjoint")
-RULES = (
-    "loop forward",
-    "loop autograd",
-    "matfree forward",
-    "matfree adjoint",
-    "ritz forward",
-    "ritz Frechet",
-    "ritz Adjoint",
-)
+LOOPS = ("loop forward", "loop autograd")
+PEERS = ("matfree forward", "matfree adjoint")
+RITZ = ("ritz forward", "ritz Frechet", "ritz Frechet, COO", "ritz Adjoint")
+CONTESTANTS = (*LOOPS, *PEERS, *RITZ)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small problems, k = 10 and 20, one round, no memory runs")
     parser.add_argument("--problem", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
-    parser.add_argument("--contestant", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--contestant", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--ks", type=lambda text: [int(k) for k in text.split(",")], help="depths, e.g. 10,20,50,100")
     parser.add_argument(
         "--rounds", type=int, help="how often all contestants take turns; samples are pooled (default 3)"
@@ -51,7 +44,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--cache", type=Path, default=_common.HERE / ".cache", help="folder for the exact gradients")
     parser.add_argument("--redraw", type=Path, metavar="JSON", help="measure nothing: table and figure of a saved run")
-    parser.add_argument("--worker", choices=RULES, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--spec", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.ks = options.ks or ([10, 20] if options.quick else [10, 20, 50, 100])
@@ -62,7 +55,7 @@ def arguments() -> argparse.Namespace:
 def worker(spec_path: Path) -> None:
     spec = json.loads(spec_path.read_text())
     _common.pin_cores(spec["threads"])
-    if spec["worker"] in JAX:
+    if spec["worker"] in PEERS:
         from _gradients_jax import make_cases
     else:
         from _gradients_torch import make_cases
@@ -114,17 +107,25 @@ def make_references(options: argparse.Namespace) -> tuple[dict, dict]:
     return files, about
 
 
-def contestants_for(problem: str, options: argparse.Namespace) -> list[str]:
-    names = [c for c in options.contestant if options.device == "cpu" or c in TORCH]
-    return [c for c in names if c not in JAX] if problem == "network" else names
+def contestants_for(problem: str, options: argparse.Namespace, *, turn: int = 0) -> list[str]:
+    names = list(options.contestant)
+    if options.device != "cpu" or problem == "network":
+        names = [c for c in names if c not in PEERS]
+    if problem in ("kernel", "network"):
+        names = [c for c in names if c != "ritz Frechet, COO"]
+    # slow, and no bar depends on it: one round will do
+    return [c for c in names if turn == 0 or c != "loop autograd"]
 
 
-def benchmark(options: argparse.Namespace) -> dict:
-    environment = _common.environment(options.threads, options.device)
+def benchmark(options: argparse.Namespace, path: Path, environment: dict) -> dict:
+    """All runs; the JSON at `path` is rewritten after every round, so that an interrupted run leaves what it has."""
+    import _report
+
     files, about = make_references(options)
     measure = {"min_runs": 3, "min_time": 0.1, "max_time": 5.0} if options.quick else {}
     records: list[dict] = []
     chosen: dict[tuple[str, str], str | None] = {}
+    result = {"environment": environment, "quick": options.quick, "rounds": options.rounds, "problems": about}
 
     def run(name: str, problem: str, task: str, ks: list[int], check: bool) -> None:
         print(f"  {task}: {problem}, {name}, k = {', '.join(map(str, ks))}", flush=True)
@@ -136,21 +137,23 @@ def benchmark(options: argparse.Namespace) -> dict:
         if found:
             chosen.setdefault((name, problem), found[0].get("product"))
 
+    def save() -> None:
+        result["records"] = _report.merge(records)
+        result["bars"] = _report.bars(result["records"])
+        _common.write_json(path, result)
+
     for turn in range(options.rounds):
         for problem in about:
-            for name in contestants_for(problem, options):
+            for name in contestants_for(problem, options, turn=turn):
                 run(name, problem, "time", options.ks, turn == 0)
+        save()
     if not (options.no_memory or options.quick):
         for problem in about:
             for name in contestants_for(problem, options):
                 for k in options.ks:
                     run(name, problem, "memory", [k], False)
-
-    import _report
-
-    merged = _report.merge(records)
-    result = {"environment": environment, "quick": options.quick, "rounds": options.rounds, "problems": about}
-    return result | {"bars": _report.bars(merged), "records": merged}
+            save()
+    return result
 
 
 def main() -> int:
@@ -164,10 +167,10 @@ def main() -> int:
         path, result = options.redraw, json.loads(options.redraw.read_text())
         result["bars"] = _report.bars(result["records"])
     else:
-        result = benchmark(options)
-        stem = f"gradients-{options.device}-{result['environment']['date']}" + ("-quick" if options.quick else "")
+        environment = _common.environment(options.threads, options.device)
+        stem = f"gradients-{options.device}-{environment['date']}" + ("-quick" if options.quick else "")
         path = options.output / f"{stem}.json"
-        _common.write_json(path, result)
+        result = benchmark(options, path, environment)
     table = _report.markdown(result)
     path.with_suffix(".md").write_text(table)
     _report.figure(result, path.with_suffix(".png"))

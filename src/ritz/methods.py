@@ -70,19 +70,20 @@ class Frechet:
     Exact for the operator function up to the Krylov error, also where the Krylov space is exhausted.
 
     Args:
-        rtol: the rank of the pairing is cut where the dropped part is below this, relative in Frobenius norm.
-            None is 1e-12 in float64 and 1e-7 in float32.
+        rtol: the rank of the pairing is cut where the dropped part is below this, relative in Frobenius norm. None is
+            1e-12 in float64 and 1e-7 in float32, or a hundredth of the Krylov space's own error where that is larger:
+            columns that carry less than the error are not worth a product under autograd.
         method: Krylov space of the backward pass; None takes the forward's (its effective depth where it was fixed).
     """
 
     rtol: float | None = None
     method: Lanczos | Arnoldi | None = None
 
-    def tolerance(self, dtype: torch.dtype) -> float:
-        """``rtol``, or its default for a dtype."""
+    def tolerance(self, dtype: torch.dtype, error: float = 0.0) -> float:
+        """``rtol``, or its default for a dtype and a space whose relative error is about ``error``."""
         if self.rtol is not None:
             return self.rtol
-        return 1e-12 if dtype in (torch.float64, torch.complex128) else 1e-7
+        return max(1e-12 if dtype in (torch.float64, torch.complex128) else 1e-7, min(1e-2 * error, 1e-4))
 
 
 @dataclass(frozen=True)

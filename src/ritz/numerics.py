@@ -108,7 +108,7 @@ class _Ieee:
 
     @staticmethod
     def _set() -> list[tuple[Any, str]] | str | None:
-        found = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        found: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
         backends = [b for b in found if hasattr(b, "fp32_precision")]
         if len(backends) < 2:  # torch < 2.9 knows only this one flag
             before_legacy = torch.get_float32_matmul_precision()
@@ -116,7 +116,7 @@ class _Ieee:
             return before_legacy
         before = [(b, b.fp32_precision) for b in backends]
         changed = [(b, p) for b, p in before if p not in ("ieee", "none")]
-        if not changed and torch.backends.fp32_precision in ("ieee", "none"):
+        if not changed and getattr(torch.backends, "fp32_precision", "none") in ("ieee", "none"):
             return None
         for b in backends:
             b.fp32_precision = "ieee"

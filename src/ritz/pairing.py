@@ -313,7 +313,8 @@ class _Product(torch.autograd.Function):
         A, needs = ctx.A, ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # a second derivative is wanted: differentiate the recorded product instead
             # ... through aliases: X may be computed from a tensor of A, and the engine does not stop at X.
-            aliases = [t.view_as(t) for t in (X, *tensors)]
+            # Copies, because a view of the values of a sparse tensor cannot be differentiated where it is complex.
+            aliases = [t.clone() for t in (X, *tensors)]
             wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
             found = iter(torch.autograd.grad(A._recorded(*aliases), wanted, G, create_graph=True, allow_unused=True))
             return (None, *(next(found) if need else None for need in needs))

@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 import torch
 
@@ -32,6 +34,19 @@ def test_second_pass_is_what_keeps_orthogonality_under_cancellation(m):
     one, two = (project_out(Q, W, passes)[0] for passes in (1, 2))
     loss = [((Q @ R.unsqueeze(2)).abs().amax((1, 2)) / R.norm(dim=1)).max().item() for R in (one, two)]
     assert loss[0] > 1e-8 and loss[1] < 1e-14
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_run_by_run_equals_batched(passes, monkeypatch):
+    """Which of the two is used depends on the size only; the numbers agree to rounding."""
+    Q, W = bases(3, 5, 40, torch.float64)
+    module = importlib.import_module("ritz.krylov.orthogonalize")
+    results = []
+    for choice in (True, False):
+        monkeypatch.setattr(module, "_one_by_one", lambda Q, choice=choice: choice)
+        results.append(project_out(Q, W, passes))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

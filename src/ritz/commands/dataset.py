@@ -171,6 +171,10 @@ class Scaling:
         """Targets as the model sees them."""
         return (y - self.y_mean) / self.y_scale
 
+    def outputs(self, mean: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The model's predictions in the units of the data."""
+        return mean * self.y_scale + self.y_mean, std * self.y_scale
+
 
 def _columns(names: list[str]) -> str:
     shown = ", ".join(repr(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

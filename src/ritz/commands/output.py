@@ -33,7 +33,7 @@ def staged_directory(target: Path, force: bool) -> Iterator[Path]:
         if exists and not force and any(not entry.name.startswith(_STAGE) for entry in target.iterdir()):
             raise CommandError(f"{target}: is not empty; choose another directory, or replace its results with --force")
         if not exists:
-            made = _make_parents(target.parent)
+            _make_parents(target.parent, made)
         stage = Path(tempfile.mkdtemp(prefix=_STAGE, dir=target if exists else target.parent))
     except OSError as error:
         _remove(made)
@@ -84,15 +84,12 @@ def check_file(target: Path, force: bool) -> None:
         raise CommandError(f"{target.parent}: there is no such directory")
 
 
-def _make_parents(directory: Path) -> list[Path]:
-    """Create a directory and what it needs; the directories that were new, deepest first."""
-    missing = []
-    while not directory.exists():
-        missing.append(directory)
-        directory = directory.parent
-    for new in reversed(missing):
-        new.mkdir()
-    return missing
+def _make_parents(directory: Path, made: list[Path]) -> None:
+    """Create a directory and what it needs; the new ones are put at the front of ``made``, so deepest first."""
+    if not directory.exists():
+        _make_parents(directory.parent, made)
+        directory.mkdir()
+        made.insert(0, directory)
 
 
 def _remove(made: list[Path]) -> None:

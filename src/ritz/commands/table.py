@@ -54,7 +54,11 @@ class Table:
         try:
             position = int(wanted)
         except ValueError:
-            what = f"the columns are {_listed(names)}" if self.header else "it has no header, so give a position such as -1"
+            what = (
+                f"the columns are {_listed(names)}"
+                if self.header
+                else "it has no header, so give a position such as -1"
+            )
             raise CommandError(f"{self.path}: there is no column {wanted!r} for {option}; {what}") from None
         if not -len(names) <= position < len(names):
             raise CommandError(
@@ -77,8 +81,8 @@ class Table:
             bad = pandas.to_numeric(column, errors="coerce").isna() & column.notna()
             row = int(bad.to_numpy().argmax())
             raise CommandError(
-                f"{self.path}: {self.describe(name)} holds text ({str(column.iloc[row])[:40]!r} in data row {row + 1}); "
-                f"only numbers can be used: recode it, or leave it out with --drop {name}"
+                f"{self.path}: {self.describe(name)} holds text ({str(column.iloc[row])[:40]!r} in data row {row + 1})"
+                f"; only numbers can be used: recode it, or leave it out with --drop {name}"
             ) from None
         finite = np.isfinite(values)
         if not finite.all():
@@ -203,8 +207,10 @@ def _is_number(field: str) -> bool:
 
 def _checked_names(path: Path, names: list[str]) -> list[str]:
     if "" in names:
-        raise CommandError(f"{path}: column {names.index('')} (counted from 0) has no name in the header; name it, or write the "
-                           "file without its index (pandas: to_csv(..., index=False))")
+        raise CommandError(
+            f"{path}: column {names.index('')} (counted from 0) has no name in the header; name it, or write the "
+            "file without its index (pandas: to_csv(..., index=False))"
+        )
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
         raise CommandError(f"{path}: the header names {sorted(repeated)[0]!r} more than once")

@@ -19,7 +19,7 @@ from ..krylov.lanczos import LanczosState, adjoint_lanczos
 from ..methods import Arnoldi, Lanczos
 from ..pairing import Cotangents, Pair, Run
 from ..result import Info, Status
-from . import dense, frechet
+from . import frechet
 from .scalar import ScalarFunction, Times
 from .space import GeneralSpace, HermitianSpace, Space, combine, decompose
 
@@ -106,9 +106,11 @@ def multiply_by_adjoint(
 ) -> Attached:
     """Rule A for f(A)v. Raises BreakdownError where the Krylov space is exhausted: there k steps do not know it."""
     k = space.basis.shape[1]
-    if bool((space.state.depth < k).any()):
+    n = space.basis.shape[2]
+    ended = (torch.linalg.vector_norm(space.state.residual, dim=1) == 0) & (space.state.depth < n)
+    if bool(ended.any()):
         raise BreakdownError(
-            f"the Krylov space is exhausted at depth {int(space.state.depth.min())} of {k}: the derivative of f(A)v "
+            f"the Krylov space is exhausted at depth {int(space.state.depth[ended].min())} of {k} (n = {n}): the derivative of f(A)v "
             "cannot be had from these steps by gradient=Adjoint(); use gradient=ritz.Frechet()"
         )
     basis, m, norm = space.basis, space.basis.shape[0], space.state.norm
@@ -161,7 +163,8 @@ def _small_cotangent(space: Space, f: ScalarFunction, c_bar: Tensor) -> Tensor:
     """Cotangent of the small matrix from that of c = ‖v‖ f(T) e₁."""
     if isinstance(space, HermitianSpace):
         U = space.vectors
-        ratio = f.divided_difference(space.ritz.unsqueeze(2), space.ritz.unsqueeze(1)).conj()
+        w, weight = space.ritz, space.first.unsqueeze(1).expand_as(U)
+        ratio = frechet.slopes(f, w.unsqueeze(2), w.unsqueeze(1), weight).conj()
         left = (U.mT.to(c_bar.dtype) @ c_bar.unsqueeze(2)) * ratio * space.first.unsqueeze(1)
         return U @ (left.real if left.is_complex() else left) @ U.mT
     assert isinstance(space, GeneralSpace)
@@ -169,7 +172,7 @@ def _small_cotangent(space: Space, f: ScalarFunction, c_bar: Tensor) -> Tensor:
     E = torch.zeros(H.shape, dtype=torch.promote_types(H.dtype, c_bar.dtype), device=H.device)
     E[:, :, 0] = c_bar.conj() * space.state.norm.to(H.dtype).unsqueeze(1)
     transposed = H.mT.contiguous().to(E.dtype)
-    X = dense.between(f, transposed, transposed, E).conj().resolve_conj()  # f̄ at Hᴴ, written through f
+    X = f.between(transposed, transposed, E).conj().resolve_conj()  # f̄ at Hᴴ, written through f
     return X if H.is_complex() else X.real
 
 

@@ -99,7 +99,9 @@ def between(f: ScalarFunction, A: Tensor, B: Tensor, E: Tensor) -> Tensor:
     k, j = A.shape[-1], B.shape[-1]
     # The block is linear in E: bring it to the scale of the diagonal blocks, so that norms are not driven by it
     size = torch.linalg.matrix_norm(E, 1)[..., None, None]
-    scale = torch.where(size > 0, torch.linalg.matrix_norm(A, 1)[..., None, None] / torch.where(size > 0, size, 1.0), 1.0)
+    target = torch.maximum(torch.linalg.matrix_norm(A, 1), torch.linalg.matrix_norm(B, 1))[..., None, None]
+    target = torch.where(target > 0, target, torch.ones_like(target))
+    scale = torch.where(size > 0, target / torch.where(size > 0, size, 1.0), 1.0)
     big = A.new_zeros((*A.shape[:-2], k + j, k + j))
     big[..., :k, :k], big[..., :k, k:], big[..., k:, k:] = A, E * scale, B
     return f.matrix(big)[..., :k, k:] / scale

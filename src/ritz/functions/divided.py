@@ -22,16 +22,34 @@ def derivative(f: Function, x: Tensor) -> Tensor:
     """f'(x) elementwise by autograd; complex x is differentiated as for a holomorphic f."""
     with torch.enable_grad():
         point = x.detach().clone().requires_grad_()
-        y = f(point)
+        try:
+            y = f(point)
+        except (RuntimeError, TypeError) as error:
+            raise DomainError(_NOT_DIFFERENTIABLE.format(f"it raised {type(error).__name__}: {error}")) from error
         if not y.requires_grad:
-            if bool((y == y.flatten()[0]).all()) if y.numel() else True:
-                return torch.zeros_like(y)  # a constant
-            raise DomainError("the function's derivative is needed, and autograd cannot differentiate the callable")
+            if _piecewise_constant(f, x.detach(), y):
+                return torch.zeros_like(y)
+            raise DomainError(_NOT_DIFFERENTIABLE.format("its result does not depend on its argument for autograd"))
         if y.is_complex() and not point.is_complex():
             real, imag = _gradient(y.real, point), _gradient(y.imag, point)
             return torch.complex(real, imag)
         g = _gradient(y.real, point)  # complex x: the gradient of Re f is conj(f')
     return g.conj().resolve_conj() if g.is_complex() else g
+
+
+_NOT_DIFFERENTIABLE = (
+    "the derivative of the callable f is needed, and autograd could not give it ({}); write f in torch operations, or "
+    "take a named function from ritz.functions"
+)
+
+
+def _piecewise_constant(f: Function, x: Tensor, y: Tensor) -> bool:
+    """Whether f does not change near most of the points: a constant or a step, and not something hidden from autograd."""
+    if not x.numel():
+        return True
+    h = 1e-6 * (x.abs() + x.abs().amax() + torch.finfo(x.dtype).tiny)
+    same = (f(x + h) == y) & (f(x - h) == y)
+    return float(same.double().mean()) > 0.5
 
 
 def _gradient(y: Tensor, x: Tensor) -> Tensor:
@@ -46,26 +64,28 @@ def divided_difference(f: Function, a: Tensor, b: Tensor) -> Tensor:
     a, b = torch.broadcast_tensors(a, b)
     fa, fb = f(a), f(b)
     gap = a - b
-    scale = torch.maximum(a.abs(), b.abs())
-    near = gap.abs() <= 0.5 * scale
-    quotient = (fa - fb) / torch.where(gap == 0, torch.ones_like(gap), gap)
+    difference, size = fa - fb, fa.abs() + fb.abs()
+    # What cancels is f(a) − f(b), whether or not a and b are close relative to themselves (they are not around zero).
+    near = (8 * difference.abs() < size) | (gap == 0)
+    quotient = difference / torch.where(gap == 0, torch.ones_like(gap), gap)
     if not bool(near.any()):
         return quotient
     eps = torch.finfo(a.dtype).eps
-    quotient_error = eps * (fa.abs() + fb.abs()) / torch.where(gap == 0, torch.full_like(gap.abs(), 1e-300), gap.abs())
     x, y = a[near], b[near]
-    fine, coarse = _integral(f, x, y, 16), _integral(f, x, y, 12)
-    integral_error = (fine - coarse).abs() + 4 * eps * fine.abs()
-    better = (integral_error < quotient_error[near]) | (x == y)
+    fine, magnitude = _integral(f, x, y, 16)
+    coarse, _ = _integral(f, x, y, 12)
+    integral_error = (fine - coarse).abs() + 4 * eps * magnitude
+    # Both errors times the gap, which may be too small to divide by.
+    better = (integral_error * (x - y).abs() < eps * size[near]) | (x == y)
     out = quotient.clone()
     out[near] = torch.where(better, fine, quotient[near])
     return out
 
 
-def _integral(f: Function, a: Tensor, b: Tensor, nodes: int) -> Tensor:
-    """∫₀¹ f'(b + s(a − b)) ds by Gauss–Legendre quadrature."""
+def _integral(f: Function, a: Tensor, b: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
+    """∫₀¹ f'(b + s(a − b)) ds by Gauss–Legendre quadrature, and the same of |f'|."""
     points, weights = np.polynomial.legendre.leggauss(nodes)
     s = torch.as_tensor(0.5 * (points + 1), dtype=a.real.dtype, device=a.device)
     w = torch.as_tensor(0.5 * weights, dtype=a.real.dtype, device=a.device)
     slopes = derivative(f, b + s.unsqueeze(1) * (a - b))
-    return (w.unsqueeze(1) * slopes).sum(0)
+    return (w.unsqueeze(1) * slopes).sum(0), (w.unsqueeze(1) * slopes.abs()).sum(0)

@@ -16,13 +16,24 @@ from ..errors import OperandError
 from ..methods import Adjoint, Arnoldi, Auto, Frechet, GradientRule, KrylovMethod, Lanczos, Unrolled
 from ..numerics import as_block, check_finite
 from ..operators.base import LinearOperator
+from ..operators.convert import aslinearoperator
 from ..pairing import Cotangents, Pair, Run
-from ..result import Info, OnFailure, report
+from ..result import Info, OnFailure, Status, report
 from . import frechet
 from .adjoint import forms_by_adjoint
 from .multiply import funm_multiply
-from .scalar import ScalarFunction, Shifted, as_function
-from .space import HermitianSpace, as_hermitian, build, choose, combine, info_of, psd_status
+from .scalar import Part, ScalarFunction, Shifted, as_function
+from .space import (
+    HermitianSpace,
+    as_hermitian,
+    build,
+    check_psd,
+    check_rule,
+    choose,
+    combine,
+    info_of,
+    smallest,
+)
 from .unrolled import unrolled_forms
 
 
@@ -67,9 +78,11 @@ def quadratic_form(
     Cost: k block products; memory k vectors per column while it runs, about 2·10 per column until backward.
     Gradient: first order in A's tensors, v and shifts (any order under ``Unrolled()``).
     """
+    A = aslinearoperator(A)
     function, vector = as_function(f), v
     V = as_block(v, A.shape[0], "v", dtype=A.dtype, device=A.device)
     chosen = choose(A, method)
+    check_rule(gradient, chosen)
     if isinstance(chosen, Arnoldi):
         return _general_form(function, A, v, chosen, gradient, shifts, return_info, on_failure)
     (value,), info = shared_forms(
@@ -95,7 +108,9 @@ def bilinear_form(
     u and v are vectors (n,) or blocks (n, m) of equal width; the result is a scalar or (m,). Arguments, errors and
     gradient rules as in :func:`quadratic_form`; backward spends k adjoint products, as for f(A)v.
     """
+    A = aslinearoperator(A)
     U = as_block(u, A.shape[0], "u", dtype=A.dtype, device=A.device)
+    as_block(v, A.shape[0], "v", dtype=A.dtype, device=A.device)
     if u.shape != v.shape:
         raise OperandError(f"u has shape {tuple(u.shape)} and v {tuple(v.shape)}; a bilinear form needs equal shapes")
     check_finite(U, "u")
@@ -113,7 +128,7 @@ def shared_forms(
     gradient: GradientRule = Frechet(),
     on_failure: OnFailure = "warn",
 ) -> tuple[list[Tensor], Info]:
-    """Forms v_jᴴ f(A) v_j for several functions, each on its own columns of one block V (n, m), from one Lanczos run.
+    """Forms v_jᴴ f(A) v_j for several functions, each on some columns of one block V (n, m), from one Lanczos run.
 
     Returns:
         For each term the values (columns,), or (p, columns) with shifts, and one Info; ``info.residual`` has the
@@ -122,10 +137,15 @@ def shared_forms(
     chosen = choose(A, method)
     if not isinstance(chosen, Lanczos):
         raise OperandError("forms that share a run need a Hermitian operator; declare hermitian=True if it is")
+    check_rule(gradient, chosen)
     check_finite(V, "v")
     A = as_hermitian(A, chosen)
+    terms = [t._replace(shifts=_shift_tensor(t.shifts, A)) for t in terms]
     if isinstance(gradient, Unrolled):
         return unrolled_forms(A, V, terms, chosen)
+    probe = torch.ones(1, dtype=torch.float64, device=A.device)
+    if any(t.f(probe).is_complex() for t in terms):
+        return _complex_forms(A, V, [t.f(probe).is_complex() for t in terms], terms, chosen, gradient, on_failure)
     shifts = [t.shifts for t in terms if t.shifts is not None]
     with Run(A, V, *shifts) as run:
         Vn = V.detach()
@@ -133,18 +153,53 @@ def shared_forms(
         space, error, status = build(run.matmat, Vn, chosen, functions)
         assert isinstance(space, HermitianSpace)
         space.check_domain(functions)
-        status = psd_status(A, space, status)
         weights = space.first.square()  # ‖v‖² times the Gauss weights
         values = [_values(t, space.ritz, weights).to(V.real.dtype) for t in terms]
         info = info_of(chosen, space, error, status, run.num_matvecs)
         report(info, what="forms of f(A)", target=chosen.tolerance(V.dtype), on_failure=on_failure)
+        check_psd(A, space, info, on_failure)
         if not run.wants_gradient():
             return values, info
         if isinstance(gradient, Adjoint):
             rule, blocks = forms_by_adjoint(run, space, terms, chosen, info)
         else:
-            rule, blocks = _frechet_rule(space, terms, gradient.tolerance(V.dtype))
+            rule, blocks = _frechet_rule(space, terms, gradient.tolerance(V.dtype, smallest(error)), info)
     return list(run.attach(values, rule, blocks, name="a form of f(A)")), info
+
+
+def _complex_forms(
+    A: LinearOperator,
+    V: Tensor,
+    is_complex: Sequence[bool],
+    terms: Sequence[Term],
+    method: Lanczos,
+    gradient: GradientRule,
+    on_failure: OnFailure,
+) -> tuple[list[Tensor], Info]:
+    """Complex f: the forms of its real and of its imaginary part, from the same run."""
+    parts = [
+        term._replace(f=Part(term.f, imaginary))
+        for term, split in zip(terms, is_complex, strict=True)
+        for imaginary in ((False, True) if split else (False,))
+    ]
+    found, info = shared_forms(A, V, parts, method=method, gradient=gradient, on_failure=on_failure)
+    values = iter(found)
+    return [torch.complex(next(values), next(values)) if split else next(values) for split in is_complex], info
+
+
+def _shift_tensor(shifts: Any, A: LinearOperator) -> Tensor | None:
+    """Shifts as a real tensor (p,) in double precision or as the caller has them."""
+    if shifts is None:
+        return None
+    if not isinstance(shifts, Tensor):
+        shifts = torch.as_tensor(shifts, dtype=torch.float64, device=A.device)
+    if shifts.ndim != 1 or shifts.is_complex():
+        raise OperandError(
+            f"shifts has shape {tuple(shifts.shape)} and {shifts.dtype}; expected real numbers of shape (p,), as in "
+            "torch.tensor([0.1, 1.0])"
+        )
+    check_finite(shifts.detach(), "shifts")
+    return shifts
 
 
 def _shifted(term: Term) -> list[ScalarFunction]:
@@ -195,14 +250,19 @@ def form_input_gradients(
     return out
 
 
-def _frechet_rule(space: HermitianSpace, terms: Sequence[Term], rtol: float) -> tuple[Callable[..., Cotangents], list[Tensor]]:
+def _frechet_rule(
+    space: HermitianSpace, terms: Sequence[Term], rtol: float, info: Info
+) -> tuple[Callable[..., Cotangents], list[Tensor]]:
     """Rule F. With one function per column the pairing is ready now and the basis can go (n·r numbers stay).
 
-    With shifts several cotangents meet in one column, their mixture is known in backward only, and the basis stays.
+    With shifts, or several terms on one column, several cotangents meet there; their mixture is known in backward
+    only, and the basis stays.
     """
-    if any(t.shifts is not None for t in terms):
+    done = Info(info.method, 0, info.depth, status=Status.FIXED)  # backward spends no product
+    if any(t.shifts is not None for t in terms) or _overlap(terms, space.ritz.shape[0]):
 
         def late(*cotangents: Tensor | None) -> Cotangents:
+            info.backward = done
             X = frechet.symmetric_core(space, term_cotangents(terms, cotangents, space.ritz.shape[0]))
             left, right = frechet.compress_symmetric(X, rtol)
             Lam = left.to(space.basis.dtype).mT @ space.basis
@@ -220,6 +280,7 @@ def _frechet_rule(space: HermitianSpace, terms: Sequence[Term], rtol: float) -> 
     image = 2 * _applied(space, terms)
 
     def ready(*cotangents: Tensor | None) -> Cotangents:
+        info.backward = done
         g = torch.zeros(m, dtype=torch.float64, device=scale.device)
         for f_g in term_cotangents(terms, cotangents, m):
             g = g + f_g[1]
@@ -227,6 +288,12 @@ def _frechet_rule(space: HermitianSpace, terms: Sequence[Term], rtol: float) -> 
         return Cotangents([Pair(Lam)], [image * g.to(image.dtype)])
 
     return ready, [Q]
+
+
+def _overlap(terms: Sequence[Term], m: int) -> bool:
+    """Whether two terms read the same column."""
+    used = [j for t in terms for j in range(m)[t.columns]]
+    return len(used) != len(set(used))
 
 
 def _applied(space: HermitianSpace, terms: Sequence[Term]) -> Tensor:

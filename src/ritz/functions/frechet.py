@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import dense
+from ..errors import DomainError
 from .scalar import ScalarFunction
 from .space import GeneralSpace, HermitianSpace, Space
 
@@ -34,7 +34,8 @@ def symmetric_core(space: HermitianSpace, weights: Sequence[tuple[ScalarFunction
     w, U, first = space.ritz, space.vectors, space.first
     total = torch.zeros_like(U)
     for f, g in weights:
-        total = total + g.double()[:, None, None] * _finite(f.divided_difference(w.unsqueeze(2), w.unsqueeze(1)))
+        ratio = slopes(f, w.unsqueeze(2), w.unsqueeze(1), first.unsqueeze(2) * first.unsqueeze(1))
+        total = total + g.double()[:, None, None] * ratio
     inner = total * first.unsqueeze(2) * first.unsqueeze(1)
     return U @ inner @ U.mT
 
@@ -72,8 +73,8 @@ def core(left: Space, right: Space, f: ScalarFunction, index: Tensor) -> Tensor:
     if isinstance(left, HermitianSpace) and isinstance(right, HermitianSpace):
         a, b = left.ritz, right.ritz[index]
         U, R = left.vectors, right.vectors[index]
-        ratio = _finite(f.divided_difference(a.unsqueeze(2), b.unsqueeze(1)))
-        inner = ratio.conj() * left.first.unsqueeze(2) * right.first[index].unsqueeze(1)
+        weight = left.first.unsqueeze(2) * right.first[index].unsqueeze(1)
+        inner = slopes(f, a.unsqueeze(2), b.unsqueeze(1), weight).conj() * weight
         if inner.is_complex() and not U.is_complex():
             U, R = U.to(inner.dtype), R.to(inner.dtype)
         return U @ inner @ R.mH
@@ -87,9 +88,18 @@ def _general_core(left: GeneralSpace, right: GeneralSpace, f: ScalarFunction, in
     size = left.state.norm.to(A.dtype) * right.state.norm[index].to(A.dtype)
     E = torch.zeros(A.shape[0], A.shape[1], B.shape[2], dtype=A.dtype, device=A.device)
     E[:, 0, 0] = size
-    return dense.between(f, A, B, E).conj().resolve_conj()
+    return f.between(A, B, E).conj().resolve_conj()
 
 
-def _finite(ratio: Tensor) -> Tensor:
-    """Masked Ritz values of a broken-down column carry weight zero; 0 · inf must not become NaN."""
-    return torch.where(torch.isfinite(ratio.abs()), ratio, torch.zeros_like(ratio))
+def slopes(f: ScalarFunction, a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """f[a, b] where the weight is not zero, zero elsewhere; raises where f has no finite slope and it matters."""
+    ratio = f.divided_difference(a, b)
+    used = weight != 0
+    bad = used & ~torch.isfinite(ratio.abs())
+    if bool(bad.any()):
+        at = float(a.expand_as(ratio)[bad][0]), float(b.expand_as(ratio)[bad][0])
+        raise DomainError(
+            f"f has no finite slope between the Ritz values {at[0]:.6g} and {at[1]:.6g}, and a gradient was asked for; "
+            "add a shift (A.shift(sigma)), or a function that is smooth there"
+        )
+    return torch.where(used, ratio, torch.zeros_like(ratio))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,12 +13,13 @@ from ..errors import OperandError
 from ..methods import Adjoint, Arnoldi, Auto, Frechet, GradientRule, KrylovMethod, Lanczos, Unrolled
 from ..numerics import as_block, check_finite
 from ..operators.base import LinearOperator
+from ..operators.convert import aslinearoperator
 from ..pairing import Cotangents, Pair, Run
 from ..result import Info, OnFailure, report
 from . import frechet
 from .adjoint import multiply_by_adjoint
 from .scalar import Exp, Part, ScalarFunction, Times, as_function
-from .space import HermitianSpace, Space, as_hermitian, build, choose, combine, info_of, psd_status
+from .space import HermitianSpace, Space, as_hermitian, build, check_psd, check_rule, choose, combine, info_of, smallest
 from .unrolled import unrolled_multiply
 
 
@@ -55,6 +57,7 @@ def funm_multiply(
         Memory: k vectors per column until backward.
     Gradient: first order in A's tensors and B (any order under ``Unrolled()``).
     """
+    A = aslinearoperator(A)
     V = as_block(B, A.shape[0], "B", dtype=A.dtype, device=A.device)
     (Y,), info = _multiply([as_function(f)], A, V, None, method, gradient, on_failure)
     Y = Y.squeeze(1) if B.ndim == 1 else Y
@@ -83,7 +86,8 @@ def expm_multiply(
     Returns:
         (n,), (n, m), or with a leading axis of times; complex where t or A is.
     """
-    times = t if isinstance(t, Tensor) else torch.as_tensor(t, device=A.device)
+    A = aslinearoperator(A)
+    times = _times(t, A)
     if times.ndim > 1:
         raise OperandError(f"t has shape {tuple(times.shape)}; expected a scalar or a 1-D grid of times")
     check_finite(times.detach(), "t")
@@ -97,6 +101,16 @@ def expm_multiply(
     return (Y, info) if return_info else Y
 
 
+def _times(t: Any, A: LinearOperator) -> Tensor:
+    """Times as a tensor; numbers keep double precision (``torch.as_tensor(0.1)`` would round them to float32)."""
+    if isinstance(t, Tensor):
+        return t
+    try:
+        return torch.from_numpy(np.asarray(t)).to(A.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OperandError(f"t is {t!r}; expected a number, or a 1-D tensor of times") from error
+
+
 def _multiply(
     functions: Sequence[ScalarFunction],
     A: LinearOperator,
@@ -108,6 +122,7 @@ def _multiply(
 ) -> tuple[list[Tensor], Info]:
     """f_p(A) V for several functions of one run; ``times`` are the differentiable t_p of f_p = exp(t_p ·)."""
     chosen = choose(A, method)
+    check_rule(gradient, chosen)
     check_finite(V, "B")
     A = as_hermitian(A, chosen)
     if isinstance(gradient, Unrolled):
@@ -115,12 +130,11 @@ def _multiply(
     inputs = (V,) if times is None else (V, times)
     with Run(A, *inputs) as run:
         space, error, status = build(run.matmat, V.detach(), chosen, functions)
-        if isinstance(space, HermitianSpace):
-            space.check_domain(functions)
-        status = psd_status(A, space, status)
+        space.check_domain(functions)
         values = [_value(space, f, V) for f in functions]
         info = info_of(chosen, space, error, status, run.num_matvecs)
         report(info, what="f(A)v", target=chosen.tolerance(V.dtype), on_failure=on_failure)
+        check_psd(A, space, info, on_failure)
         if not run.wants_gradient():
             return values, info
         if isinstance(gradient, Adjoint):
@@ -166,7 +180,7 @@ def _frechet_rule(
         for i, (f, _) in enumerate(parts):
             some = _select(left, slice(i * m, (i + 1) * m))
             X = frechet.core(some, space, f, index[i * m : (i + 1) * m])
-            low = frechet.compress(X, gradient.tolerance(basis.dtype))
+            low = frechet.compress(X, gradient.tolerance(basis.dtype, smallest(error)))
             lefts.append(low.left.to(basis.dtype).mT @ some.basis)
             rights.append(low.right)
             bars = bars + combine(some.basis, _conjugate_small(some, f)).to(bars.dtype)

@@ -8,6 +8,7 @@ tensor of eigenvalues becomes a :class:`Custom`.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,10 @@ class ScalarFunction:
         """f(H) for a batch (m, k, k) of general square matrices in double precision."""
         return dense.by_eigenvectors(self, H)
 
+    def between(self, A: Tensor, B: Tensor, E: Tensor) -> Tensor:
+        """The upper right block of f([[A, E], [0, B]]) for batches of general matrices."""
+        return dense.between(self, A, B, E)
+
     @property
     def block_exact(self) -> bool:
         """Whether :meth:`matrix` needs no eigenvectors, so that it may be used on defective block matrices."""
@@ -72,13 +77,15 @@ class Exp(ScalarFunction):
     def divided_difference(self, a: Tensor, b: Tensor) -> Tensor:
         a, b = self.scale * a, self.scale * b
         if a.is_complex() or b.is_complex():
-            # e^m · sinh(h)/h with the midpoint m and half the gap h
+            # e^m · sinh(h)/h with the midpoint m and half the gap h; the quotient where the moduli differ (sinh overflows)
             half = 0.5 * (a - b)
-            small = half.abs() < 1e-2
-            h = torch.where(small, torch.ones_like(half), half)
+            small, far = half.abs() < 1e-2, half.real.abs() > 1
+            h = torch.where(small | far, torch.ones_like(half), half)
             h2 = half * half
             series = 1 + h2 / 6 * (1 + h2 / 20 * (1 + h2 / 42 * (1 + h2 / 72)))
-            return self.scale * torch.exp(0.5 * (a + b)) * torch.where(small, series, torch.sinh(h) / h)
+            central = torch.exp(0.5 * (a + b)) * torch.where(small, series, torch.sinh(h) / h)
+            quotient = (torch.exp(a) - torch.exp(b)) / torch.where(far, 2 * half, torch.ones_like(half))
+            return self.scale * torch.where(far, quotient, central)
         gap = (a - b).abs()
         ratio = torch.where(gap == 0, torch.ones_like(gap), -torch.expm1(-gap) / torch.where(gap == 0, 1.0, gap))
         return self.scale * torch.exp(torch.maximum(a, b)) * ratio
@@ -96,7 +103,9 @@ class Log(ScalarFunction):
 
     def divided_difference(self, a: Tensor, b: Tensor) -> Tensor:
         small, gap = torch.minimum(a, b), (a - b).abs()
-        return torch.where(gap == 0, 1 / small, torch.log1p(gap / small) / torch.where(gap == 0, 1.0, gap))
+        ratio = gap / small
+        logs = torch.where(torch.isinf(ratio), torch.log(gap) - torch.log(small), torch.log1p(ratio))
+        return torch.where(gap == 0, 1 / small, logs / torch.where(gap == 0, 1.0, gap))
 
     def matrix(self, H: Tensor) -> Tensor:
         return dense.logm(H)
@@ -174,12 +183,18 @@ class Power(ScalarFunction):
     def divided_difference(self, a: Tensor, b: Tensor) -> Tensor:
         if self._whole:
             q = abs(int(self.p))
-            total = torch.zeros_like(a * b)
+            x, y = (a, b) if self.p >= 0 else (1 / a, 1 / b)  # x^q − y^q = (x − y) Σ x^i y^(q−1−i), and x − y = −xy(a − b)
+            total = torch.zeros_like(x * y)
             for i in range(q):
-                total = total + a**i * b ** (q - 1 - i)
-            return total if self.p >= 0 else -total / (a * b) ** q
-        small, gap = torch.minimum(a, b), (a - b).abs()
-        quotient = small**self.p * torch.expm1(self.p * torch.log1p(gap / small)) / torch.where(gap == 0, 1.0, gap)
+                total = total + x**i * y ** (q - 1 - i)
+            return total if self.p >= 0 else -x * (y * total)
+        # From the larger of the two powers, so that the other factor is below one.
+        small, large, gap = torch.minimum(a, b), torch.maximum(a, b), (a - b).abs()
+        ratio = gap / small
+        logs = torch.where(torch.isinf(ratio), torch.log(gap) - torch.log(small), torch.log1p(ratio))
+        top = large if self.p >= 0 else small
+        shrink = torch.expm1(-abs(self.p) * logs) * (-1 if self.p >= 0 else 1)
+        quotient = top**self.p * (shrink / torch.where(gap == 0, 1.0, gap))
         return torch.where(gap == 0, self.p * small ** (self.p - 1), quotient)
 
     def matrix(self, H: Tensor) -> Tensor:
@@ -203,10 +218,10 @@ class Phi(ScalarFunction):
 
     def __call__(self, x: Tensor) -> Tensor:
         z = self.scale * x
-        small = z.abs() < 1.0
+        small = z.abs() < 1.0 + self.j  # below, the recursion would divide its cancellation by less than it gains
         inner = torch.where(small, z, torch.zeros_like(z))
         series = torch.zeros_like(z)
-        for i in range(20, -1, -1):  # Horner: Σ z^i/(i + j)!
+        for i in range(22 + 4 * self.j, -1, -1):  # Horner: Σ z^i/(i + j)!
             series = series * inner + 1 / math.factorial(i + self.j)
         outer = torch.where(small, torch.ones_like(z), z)
         value = torch.exp(outer)
@@ -232,7 +247,14 @@ class Custom(ScalarFunction):
     fn: Callable[[Tensor], Tensor]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.fn(x)
+        y = self.fn(x)
+        if not isinstance(y, Tensor) or y.shape != x.shape:
+            got = f"a tensor of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+            raise DomainError(
+                f"the callable f returned {got} for eigenvalues of shape {tuple(x.shape)}; expected a tensor of that "
+                "shape: f acts on every eigenvalue by itself (a constant c is c * torch.ones_like(x))"
+            )
+        return y if y.is_floating_point() or y.is_complex() else y.to(x.dtype)
 
     @property
     def block_exact(self) -> bool:
@@ -295,6 +317,14 @@ class Part(ScalarFunction):
     def block_exact(self) -> bool:
         return self.f.block_exact
 
+    def between(self, A: Tensor, B: Tensor, E: Tensor) -> Tensor:
+        # Not through f[a, b] at complex eigenvalues: its real part is not the divided difference of (f + f̄)/2.
+        wide = torch.complex128
+        return self._of(self.f.between(A.to(wide), B.to(wide), E.to(wide)))
+
+    def check_domain(self, ritz: Tensor) -> None:
+        self.f.check_domain(ritz)
+
 
 def as_function(f: Any) -> ScalarFunction:
     """A ScalarFunction from one, or from any callable on a tensor of eigenvalues."""
@@ -305,7 +335,9 @@ def as_function(f: Any) -> ScalarFunction:
             f"f is {f!r}; expected a function from ritz.functions (exp, log, power(2.5), …) or a callable on a tensor "
             "of eigenvalues"
         )
-    return _BUILTIN.get(f) or Custom(f)
+    if f is power or f is phi:
+        raise DomainError(f"f is the function {f.__name__} itself; give its argument: ritz.functions.{f.__name__}(2)")
+    return next((known for torch_function, known in _BUILTIN if f is torch_function), Custom(f))
 
 
 exp = Exp()
@@ -317,23 +349,25 @@ inverse = Inverse()
 
 def power(p: float) -> Power:
     """x**p."""
-    return Power(p)
+    if not isinstance(p, numbers.Real) or not math.isfinite(p):
+        raise DomainError(f"power({p!r}) was asked for; expected a finite real number")
+    return Power(float(p))
 
 
 def phi(j: int) -> Phi:
     """φ_j, j = 0, 1, …"""
-    if j < 0:
-        raise DomainError(f"phi({j}) was asked for; expected j >= 0")
-    return Phi(j)
+    if not isinstance(j, numbers.Integral) or j < 0:
+        raise DomainError(f"phi({j!r}) was asked for; expected a whole number j >= 0")
+    return Phi(int(j))
 
 
 # torch's own functions mean the same and get the exact formulas
-_BUILTIN: dict[Any, ScalarFunction] = {
-    torch.exp: exp,
-    torch.log: log,
-    torch.sqrt: sqrt,
-    torch.rsqrt: rsqrt,
-    torch.reciprocal: inverse,
-}
+_BUILTIN: tuple[tuple[Any, ScalarFunction], ...] = (
+    (torch.exp, exp),
+    (torch.log, log),
+    (torch.sqrt, sqrt),
+    (torch.rsqrt, rsqrt),
+    (torch.reciprocal, inverse),
+)
 
 __all__ = ["Custom", "ScalarFunction", "as_function", "derivative", "exp", "inverse", "log", "phi", "power", "rsqrt", "sqrt"]

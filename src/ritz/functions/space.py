@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ConvergenceWarning, DomainError, OperandError
+from ..errors import ConvergenceError, ConvergenceWarning, DomainError, OperandError
 from ..krylov.arnoldi import ArnoldiState, run_arnoldi
 from ..krylov.lanczos import LanczosState, run_lanczos
-from ..methods import Arnoldi, Auto, KrylovMethod, Lanczos
+from ..methods import Adjoint, Arnoldi, Auto, Frechet, KrylovMethod, Lanczos, Unrolled
 from ..operators.base import LinearOperator
-from ..result import Info, Status
+from ..result import Info, OnFailure, Status
 from .scalar import ScalarFunction
 
 Product = Callable[[Tensor], Tensor]
@@ -51,6 +51,13 @@ class HermitianSpace:
         ritz = self.ritz[self.state.depth > 0]
         for f in functions:
             f.check_domain(ritz)
+            bad = ~torch.isfinite(f(ritz).abs())
+            if bool(bad.any()):
+                worst = ritz[bad].abs().argmax()
+                raise DomainError(
+                    f"f is {f(ritz)[bad][worst].item()} at the Ritz value {float(ritz[bad][worst]):.6g} of the operator; "
+                    "expected a finite value: scale the operator (or t) down, or shift it into the domain of f"
+                )
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,13 @@ class GeneralSpace:
         return self.state.norm.to(self.H.dtype).unsqueeze(1) * f.matrix(self.H)[:, :, 0]
 
     def check_domain(self, functions: Sequence[ScalarFunction]) -> None:
-        """General matrices are checked by the dense functions themselves."""
+        """Raise DomainError where f(H) overflows; the dense functions themselves look after their domains."""
+        for f in functions:
+            if not bool(torch.isfinite(self.small(f).abs()).all()):
+                raise DomainError(
+                    "f(H) of the small Krylov matrix is not finite: f overflows, or an eigenvalue lies outside of its "
+                    "domain; scale the operator (or t) down, or shift it into the domain of f"
+                )
 
 
 Space = HermitianSpace | GeneralSpace
@@ -97,6 +110,10 @@ def decompose(state: LanczosState) -> HermitianSpace:
     if beta.shape[1]:
         T = T + torch.diag_embed(beta, 1) + torch.diag_embed(beta, -1)
     w, U = torch.linalg.eigh(T)
+    # Ritz values without weight belong to the filler past breakdown: put a true one in their place, since f need not
+    # be defined at the filler.
+    first = U[:, 0].abs()
+    w = torch.where(first == 0, w.gather(1, first.argmax(1, keepdim=True)), w)
     return HermitianSpace(state, w, U)
 
 
@@ -114,6 +131,17 @@ def choose(A: LinearOperator, method: KrylovMethod) -> Lanczos | Arnoldi:
     if not isinstance(method, (Lanczos, Arnoldi)):
         raise OperandError(f"method={method!r}; expected Lanczos(k), Arnoldi(k) or Auto()")
     return method
+
+
+def check_rule(gradient: object, method: Lanczos | Arnoldi) -> None:
+    """Raise unless ``gradient`` is a rule that fits the method of the forward pass."""
+    if not isinstance(gradient, (Frechet, Adjoint, Unrolled)):
+        raise OperandError(f"gradient={gradient!r}; expected Frechet(), Adjoint() or Unrolled()")
+    if isinstance(gradient, Frechet) and gradient.method is not None and type(gradient.method) is not type(method):
+        raise OperandError(
+            f"gradient={gradient!r} came with a forward pass by {method!r}; both Krylov spaces are of one kind: give "
+            f"Frechet(method={type(method).__name__}(...))"
+        )
 
 
 def as_hermitian(A: LinearOperator, method: Lanczos | Arnoldi) -> LinearOperator:
@@ -147,6 +175,8 @@ def build(
     while True:
         space = _space(state)
         error = error_estimate(space, functions)
+        if isinstance(space, HermitianSpace) and bool((space.ritz < 0).any()):
+            space.check_domain(functions)  # the smallest Ritz value only falls with depth: no hope to wait for
         if bool((error <= rtol).all()):
             return space, error, _status(space, Status.CONVERGED)
         if k >= limit:
@@ -196,23 +226,30 @@ def error_estimate(space: Space, functions: Sequence[ScalarFunction]) -> Tensor:
     return torch.where(exhausted, torch.zeros_like(worst), worst)
 
 
-def psd_status(A: LinearOperator, space: Space, status: Status, stacklevel: int = 4) -> Status:
+def check_psd(A: LinearOperator, space: Space, info: Info, on_failure: OnFailure) -> None:
     """Report an operator that was declared positive semidefinite and shows a clearly negative Ritz value."""
     if not A.psd or not isinstance(space, HermitianSpace):
-        return status
+        return
     ritz = space.ritz[space.state.depth > 0]
     if not ritz.numel():
-        return status
+        return
     smallest, largest = float(ritz.min()), float(ritz.abs().max())
-    if smallest >= -1e3 * torch.finfo(space.basis.dtype).eps * max(largest, torch.finfo(torch.float64).tiny):
-        return status
-    warnings.warn(
+    if smallest >= -1e3 * torch.finfo(space.basis.dtype).eps * largest:
+        return
+    info.status = Status.NOT_POSITIVE
+    text = (
         f"the operator was declared positive semidefinite and has a Ritz value of {smallest:.6g} (largest magnitude "
-        f"{largest:.3g}); the declaration is wrong, or rounding is that large: drop psd=True, or add a shift",
-        ConvergenceWarning,
-        stacklevel=stacklevel,
+        f"{largest:.3g}); the declaration is wrong, or rounding is that large: drop psd=True, or add a shift"
     )
-    return Status.NOT_POSITIVE
+    if on_failure == "raise":
+        raise ConvergenceError(text)
+    if on_failure == "warn":
+        warnings.warn(text, ConvergenceWarning, stacklevel=4)
+
+
+def smallest(error: Tensor) -> float:
+    """The smallest error over columns; zero where there are no columns."""
+    return float(error.min()) if error.numel() else 0.0
 
 
 def info_of(method: object, space: Space, error: Tensor, status: Status, num_matvecs: int) -> Info:

@@ -60,7 +60,8 @@ def unrolled_factorization(A: LinearOperator, v: Tensor, method: Lanczos | Arnol
 
 
 def _first_column(f: ScalarFunction, H: Tensor, method: Lanczos | Arnoldi, time: Tensor | None) -> Tensor:
-    """f(H) e₁, recorded: through eigenvalues for a Hermitian H, through the dense function otherwise."""
+    """f(H) e₁, recorded: through eigenvalues for a Hermitian H, through the dense function otherwise; in doubles."""
+    H = H.to(torch.complex128 if H.is_complex() else torch.float64)
     if isinstance(method, Lanczos):
         w, U = torch.linalg.eigh(H)
         f.check_domain(w.detach())
@@ -70,6 +71,11 @@ def _first_column(f: ScalarFunction, H: Tensor, method: Lanczos | Arnoldi, time:
     if time is not None:
         return torch.linalg.matrix_exp(time * H.to(torch.promote_types(H.dtype, time.dtype)))[:, 0]
     return f.matrix(H.unsqueeze(0))[0, :, 0]
+
+
+def _narrow(c: Tensor, V: Tensor) -> Tensor:
+    """Back from doubles to the precision of the vectors; complex where c or V is."""
+    return c.to(V.dtype.to_complex() if c.is_complex() else V.dtype)
 
 
 def unrolled_multiply(
@@ -83,8 +89,8 @@ def unrolled_multiply(
         depth, products = max(depth, H.shape[0]), products + H.shape[0]
         for p, f in enumerate(functions):
             time = times[p] if times is not None and isinstance(f, Exp) else None
-            c = norm * _first_column(f, H, method, time)
-            outs[p].append(Q.to(c.dtype) @ c if c.is_complex() else Q @ c.to(Q.dtype))
+            c = _narrow(norm * _first_column(f, H, method, time), V)
+            outs[p].append(Q.to(c.dtype) @ c)
     values = [torch.stack(columns, dim=1) for columns in outs]
     return values, Info(method, products, depth, status=Status.FIXED)
 
@@ -103,7 +109,7 @@ def unrolled_forms(
             shifts = term.shifts if term.shifts is not None else torch.zeros(1, dtype=H.dtype, device=H.device)
             eye = torch.eye(H.shape[0], dtype=H.dtype, device=H.device)
             forms = [norm**2 * _first_column(term.f, H + s.to(H.dtype) * eye, method, None)[0] for s in shifts]
-            rows.append(torch.stack(forms))
+            rows.append(_narrow(torch.stack(forms), V.real))
         value = torch.stack(rows, dim=1)
         values.append(value if term.shifts is not None else value[0])
     return values, Info(method, products, depth, status=Status.FIXED)

@@ -70,8 +70,8 @@ def adjoint_orthonormal(
         β_{j−1} λ_{j−1} = q̄_j + Aᴴλ_j − Σ_{i≥j} conj(H_ji) λ_i + r conj(γ_j) + Q S e_j .
 
     Args:      rmatmat: the product with Aᴴ, (n, m) → (n, m).  Q (m, k, n), H (m, k, k), residual (m, n), norm (m,),
-               depth (m,): the finished run.  Q_bar, H_bar, residual_bar, norm_bar: cotangents, zero past the depth already;
-               only the Hessenberg part of H_bar is read.  band: nonzeros of H right of and on the diagonal
+               depth (m,): the finished run.  Q_bar, H_bar, residual_bar, norm_bar: cotangents, already zero past the
+               depth; only the Hessenberg part of H_bar is read.  band: nonzeros of H right of and on the diagonal
                in each row (2 for Lanczos, k for Arnoldi).  project: compute S from inner products with the vectors at
                hand, and correct every λ by a second projection. False takes these inner products from the
                identities that hold in exact arithmetic instead: errors then grow like Π ‖A‖/β_j (kept for the

@@ -103,9 +103,9 @@ def adjoint_arnoldi(
     """Reverse mode of :func:`run_arnoldi`: multipliers Λ and v̄ with dℓ = Σ_j Re⟨λ_j, dA q_j⟩ + Re⟨v̄, dv⟩.
 
     Args:      rmatmat: the product with Aᴴ, (n, m) → (n, m).  state: the finished run.  Q_bar (m, k, n), H_bar
-               (m, k, k), residual_bar (m, n), norm_bar (m,): cotangents, None for zero. Only the Hessenberg part of H_bar
-               is read, and of its subdiagonal the real part; cotangents of masked entries are ignored, but those of the
-               filler diagonal belong to H[0, 0].  reorthogonalize: as in the run.  project: see
+               (m, k, k), residual_bar (m, n), norm_bar (m,): cotangents, None for zero. Only the Hessenberg part of
+               H_bar is read, and of its subdiagonal the real part; cotangents of masked entries are ignored, but those
+               of the filler diagonal belong to H[0, 0].  reorthogonalize: as in the run.  project: see
                :func:`adjoint_orthonormal`; False only for the study of the effect.
     Returns:   (Λ (m, k, n), zero past the depth; v̄ (n, m), zero for v = 0).
     Cost:      k products with Aᴴ on a block of m, about 5 readings of the basis a step, m·k vectors of memory.

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import OperandError
 from ..numerics import as_block, check_finite
 from ..operators.base import LinearOperator
+from ..operators.convert import aslinearoperator
 from ..pairing import Cotangents, Pair, Run, check_square
 from .arnoldi import adjoint_arnoldi, run_arnoldi
 from .golub_kahan import adjoint_golub_kahan, run_golub_kahan
@@ -75,6 +76,7 @@ def lanczos(A: LinearOperator, v: Tensor, k: int, *, reorthogonalize: bool = Tru
         the two agree on Hermitian perturbations.
     Reference: Krämer, Moreno-Muñoz, Roy, Hauberg 2024; docs/derivations/lanczos.md.
     """
+    A = aslinearoperator(A)
     check_square(A, "Lanczos")
     if A.hermitian is False:
         raise OperandError("Lanczos needs a Hermitian operator; use arnoldi, or A.declare(hermitian=True) if it is")
@@ -114,6 +116,7 @@ def arnoldi(A: LinearOperator, v: Tensor, k: int, *, reorthogonalize: bool = Tru
     Arguments, errors, cost and gradient as in :func:`lanczos`, for any square operator; without ``reorthogonalize``
     one pass of classical Gram–Schmidt a step.
     """
+    A = aslinearoperator(A)
     check_square(A, "Arnoldi")
     V = _start(A, v, k, A.shape[0])
     with Run(A, V) as run:
@@ -144,6 +147,7 @@ def golub_kahan(A: LinearOperator, v: Tensor, k: int, *, reorthogonalize: bool =
     Arguments, errors and gradient as in :func:`lanczos`, for any operator, rectangular or not.
     Cost: k products and k adjoint products; backward the same again and two pairings of width k.
     """
+    A = aslinearoperator(A)
     V = _start(A, v, k, A.shape[1])
     with Run(A, V) as run:
         rmatmat = _late_adjoint(run, V.shape[1])
@@ -181,7 +185,7 @@ def golub_kahan(A: LinearOperator, v: Tensor, k: int, *, reorthogonalize: bool =
 def _start(A: LinearOperator, v: Tensor, k: int, size: int) -> Tensor:
     V = as_block(v, size, "v", dtype=A.dtype, device=A.device)
     check_finite(V, "v")
-    if not isinstance(k, int) or k < 1:
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise OperandError(f"k={k!r} steps were asked for; expected a whole number >= 1")
     return V
 

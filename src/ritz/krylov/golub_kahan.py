@@ -22,7 +22,7 @@ class GolubKahanState:
 
     Past ``depth`` a run is masked: rows of U and V and beta are zero, alpha repeats alpha[:, 0]. Breakdown comes in
     two kinds. Aᴴu_j has nothing new: the residual is zero. A v_{j+1} has nothing new: u_{j+1} does not exist, and the
-    residual β_j v_{j+1} of the j complete pairs is kept. Both identities hold on the leading ``depth`` pairs either way.
+    residual β_j v_{j+1} of the j complete pairs is kept. Both identities hold on the leading ``depth`` pairs.
     """
 
     U: Tensor  # (m, k, p), orthonormal rows
@@ -43,6 +43,7 @@ def run_golub_kahan(
                vectors (n, m), n the number of columns of A; columns may be zero.  k: steps, ≥ 1.  reorthogonalize:
                both bases by classical Gram–Schmidt applied twice, otherwise the plain two-term recurrences.
     Returns:   :class:`GolubKahanState`.
+               A zero starting block costs one product, to learn p.
     Raises:    NonFiniteError: a product, or a starting vector, with NaN or Inf; names the half step (2j − 1: A v_j,
                2j: Aᴴu_j).
     Cost:      k products with A and k with Aᴴ on a block of m vectors, k·m vectors of each length, 4 readings of both
@@ -117,8 +118,8 @@ def adjoint_golub_kahan(
     """Reverse mode of :func:`run_golub_kahan`: dℓ = Σ_j Re⟨λ_j, dA v_j⟩ + Σ_j Re⟨μ_j, dAᴴ u_j⟩ + Re⟨v̄, dv⟩.
 
     Args:      matmat, rmatmat, reorthogonalize: as in the run.  state: the finished run.  U_bar (m, k, p), V_bar
-               (m, k, n), alpha_bar (m, k), beta_bar (m, k - 1), residual_bar (m, n), norm_bar (m,): cotangents, None for
-               zero. Those of masked entries are ignored, but those of the filler in alpha belong to alpha[0].
+               (m, k, n), alpha_bar (m, k), beta_bar (m, k - 1), residual_bar (m, n), norm_bar (m,): cotangents, None
+               for zero. Those of masked entries are ignored, but those of the filler in alpha belong to alpha[0].
     Returns:   (Λ (m, k, p), paired with V through A; M (m, k, n), paired with U through Aᴴ; v̄ (n, m)).
     Cost:      k products with A and k with Aᴴ on a block of m, k·m vectors of each length, about 4 readings of
                both bases a step with reorthogonalisation.

@@ -28,7 +28,7 @@ def _check_alike(operators: Sequence[LinearOperator], what: str) -> None:
     for other in operators[1:]:
         if (other.dtype, other.device) != (first.dtype, first.device):
             raise OperandError(
-                f"{what} mixes {first.dtype} on {first.device} with {other.dtype} on {other.device}: convert one of them"
+                f"{what} mixes {first.dtype} on {first.device} with {other.dtype} on {other.device}; convert one"
             )
 
 
@@ -36,7 +36,9 @@ class Sum(LinearOperator):
     """A₁ + A₂ + …; nested sums are flattened. One product each; gradients go to every term."""
 
     def __init__(self, terms: Sequence[LinearOperator]) -> None:
-        flat = [t for term in terms for t in (term.terms if isinstance(term, Sum) else (term,))]
+        flat: list[LinearOperator] = []
+        for term in terms:
+            flat.extend(term.children if isinstance(term, Sum) else (term,))
         _check_alike(flat, "a sum")
         for t in flat[1:]:
             if t.shape != flat[0].shape:
@@ -101,11 +103,12 @@ class Scaled(LinearOperator):
             raise OperandError(f"a complex scale {value} came with a real operator ({operator.dtype}); make it complex")
         real = not isinstance(value, complex) or value.imag == 0
         nonnegative = real and (value.real >= 0)
+        hermitian = operator.hermitian if real else None
         super().__init__(
             operator.shape,
             operator.dtype,
             operator.device,
-            hermitian=operator.hermitian if real else None,
+            hermitian=None if value == 0 and not hermitian else hermitian,  # zero times anything square is Hermitian
             psd=operator.psd if (operator.psd and nonnegative) else None,
         )
         self.operator, self.scalar = operator, scalar

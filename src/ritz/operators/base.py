@@ -51,7 +51,7 @@ class LinearOperator(ABC):
         self.device = torch.device(device)
         self.hermitian = hermitian if rows == columns else False
         self.psd = psd if rows == columns else False
-        self._detected: tuple[Tensor, int, Callable[[], bool]] | None = None
+        self._detected: tuple[tuple[Tensor, ...], list[int], Callable[[], bool]] | None = None
 
     # -- what a subclass gives ------------------------------------------------------------------------------------
 
@@ -127,27 +127,27 @@ class LinearOperator(ABC):
         """Adjoint product for many blocks of one width; a callable records its forward product only once."""
         return self._rmatmat
 
-    def detected(self, tensor: Tensor, holds: Callable[[], bool]) -> None:
-        """Remember that a flag was read off ``tensor`` and not declared; ``holds`` reads it again.
+    def detected(self, tensors: tuple[Tensor, ...], holds: Callable[[], bool]) -> None:
+        """Remember that a flag was read off ``tensors`` and not declared; ``holds`` reads it again.
 
         A tensor that is trained in place changes under the operator: a start value that happened to be symmetric
         would leave ``hermitian=True`` behind, and every answer after the first step would be silently wrong.
         """
-        self._detected = (tensor, version(tensor), holds)
+        self._detected = (tensors, [version(t) for t in tensors], holds)
 
     def check_detected(self) -> None:
         """Raise where the tensor was changed in place and the flag that was read off it holds no more."""
         if self._detected is None:
             return
-        tensor, before, holds = self._detected
-        now = version(tensor)
+        tensors, before, holds = self._detected
+        now = [version(t) for t in tensors]
         if now != before:
             if not holds():
                 raise OperandError(
-                    f"{self!r}: these flags were read off its tensor, which was changed in place since and has them no "
-                    "more; make the operator anew after a step, or declare hermitian=False"
+                    f"{self!r}: these flags were read off its tensors, which were changed in place since and have them "
+                    "no more; make the operator anew after a step, or declare the flags"
                 )
-            self._detected = (tensor, now, holds)
+            self._detected = (tensors, now, holds)
 
     # -- what everybody uses --------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ class Dense(LinearOperator):
         super().__init__(tuple(matrix.shape), matrix.dtype, matrix.device, hermitian=hermitian, psd=psd)
         self.matrix = matrix
         if read and hermitian:
-            self.detected(matrix, lambda: _is_hermitian(matrix))
+            self.detected((matrix,), lambda: _is_hermitian(matrix))
 
     def _matmat(self, X: Tensor) -> Tensor:
         self.check_detected()
@@ -77,7 +77,7 @@ class Diagonal(LinearOperator):
         super().__init__((n, n), entries.dtype, entries.device, hermitian=True if real else None, psd=psd)
         self.entries = entries
         if psd:
-            self.detected(entries, lambda: bool((entries.detach() >= 0).all()))
+            self.detected((entries,), lambda: bool((entries.detach() >= 0).all()))
 
     def _matmat(self, X: Tensor) -> Tensor:
         self.check_detected()

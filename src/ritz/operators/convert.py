@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import OperandError
+from ..errors import AdjointUnavailableError, OperandError
 from ..numerics import check_finite
 from .base import LinearOperator
 from .basic import Dense
@@ -49,6 +49,8 @@ def aslinearoperator(
         OperandError: for anything else, or a callable without a shape.
         NonFiniteError: for a dense or sparse matrix with NaN or Inf.
     """
+    if not callable(x) or isinstance(x, LinearOperator) or hasattr(x, "matvec"):
+        _refuse_options(x, shape=shape, adjoint=adjoint, block=block, dtype=dtype)
     if isinstance(x, LinearOperator):
         return x if hermitian is None and psd is None else x.declare(hermitian=hermitian, psd=psd)
     if isinstance(x, Tensor):
@@ -86,6 +88,13 @@ def aslinearoperator(
     )
 
 
+def _refuse_options(x: Any, **options: Any) -> None:
+    for name, value in options.items():
+        if value is not None:
+            advice = "convert it with .to(...)" if name == "dtype" else "leave it out"
+            raise OperandError(f"{name}= is for callables; a {type(x).__name__} brings its own: {advice}")
+
+
 def _from_scipy_sparse(x: Any, device: Any, hermitian: bool | None, psd: bool | None) -> LinearOperator:
     csr = x.tocsr()
     csr.sum_duplicates()
@@ -107,6 +116,11 @@ def _from_scipy_operator(x: Any, hermitian: bool | None, psd: bool | None) -> Li
         return torch.from_numpy(np.asarray(x.matmat(X.detach().numpy())))
 
     def adjoint(X: Tensor) -> Tensor:
-        return torch.from_numpy(np.asarray(x.rmatmat(X.detach().numpy())))
+        try:
+            return torch.from_numpy(np.asarray(x.rmatmat(X.detach().numpy())))
+        except (TypeError, NotImplementedError, AttributeError) as error:
+            raise AdjointUnavailableError(
+                f"the SciPy operator has no adjoint product ({error}); give it rmatvec=, or declare hermitian=True"
+            ) from error
 
     return FunctionOperator(product, x.shape, dtype, "cpu", hermitian=hermitian, psd=psd, adjoint=adjoint, block=True)

@@ -247,6 +247,11 @@ class CapturedFunction(FunctionOperator):
     def pair(self, Lam: Tensor, Q: Tensor) -> Gradients:
         from ..pairing import pair_by_autograd
 
+        if not self._complete:  # a Run never comes here: it records the products of such a callable instead
+            raise OperandError(
+                "the callable uses a tensor together with one computed from it, or hides a tensor from PyTorch's "
+                "function mode; its gradient cannot be paired later: differentiate A @ X or a ritz function"
+            )
         return pair_by_autograd(self._matmat, self._captured, Lam, Q)
 
     def check_unchanged(self) -> None:

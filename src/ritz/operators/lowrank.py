@@ -36,7 +36,7 @@ class LowRank(LinearOperator):
         named = {"U": U, **({} if V is None else {"V": V}), **({} if core is None else {"core": core})}
         for name, t in named.items():
             if t.device != U.device or (t.dtype != U.dtype and not (name == "core" and t.dtype == U.real.dtype)):
-                raise OperandError(f"{name} is {t.dtype} on {t.device}; U is {U.dtype} on {U.device}: convert one of them")
+                raise OperandError(f"{name} is {t.dtype} on {t.device}; U is {U.dtype} on {U.device}: convert one")
             check_finite(t.detach(), name)
         if U.ndim != 2 or (V is not None and (V.ndim != 2 or V.shape[1] != U.shape[1])):
             given = tuple(U.shape) if V is None else f"{tuple(U.shape)} and {tuple(V.shape)}"
@@ -47,11 +47,12 @@ class LowRank(LinearOperator):
         self.U, self.V, self.core = U, V, core
         hermitian = True if V is None and self._core_is_hermitian() else None
         psd = True if hermitian and self._core_is_nonnegative() else None
-        super().__init__((U.shape[0], (U if V is None else V).shape[0]), U.dtype, U.device, hermitian=hermitian, psd=psd)
+        shape = (U.shape[0], (U if V is None else V).shape[0])
+        super().__init__(shape, U.dtype, U.device, hermitian=hermitian, psd=psd)
         if psd and core is not None:
-            self.detected(core, self._core_is_nonnegative)
+            self.detected((core,), self._core_is_nonnegative)
         elif hermitian and core is not None:
-            self.detected(core, self._core_is_hermitian)
+            self.detected((core,), self._core_is_hermitian)
 
     def _core_is_hermitian(self) -> bool:
         C = self.core

@@ -55,7 +55,7 @@ class Sparse(LinearOperator):
         if hermitian is None and not psd and self.shape[0] == self.shape[1]:
             self.hermitian = self._is_hermitian()
             if self.hermitian:
-                self.detected(values, self._is_hermitian)
+                self.detected((values,), self._is_hermitian)
 
     @classmethod
     def from_tensor(cls, x: Tensor, *, hermitian: bool | None = None, psd: bool | None = None) -> Sparse:
@@ -64,15 +64,14 @@ class Sparse(LinearOperator):
             raise OperandError(f"a sparse operator needs a 2-D tensor; got shape {tuple(x.shape)}")
         _announce()
         if x.layout == torch.sparse_csr:
-            values = x.values()  # type: ignore[operator]
-            return cls(x.crow_indices(), x.col_indices(), values, x.shape, hermitian=hermitian, psd=psd)
+            return cls(x.crow_indices(), x.col_indices(), _csr_values(x), x.shape, hermitian=hermitian, psd=psd)
         if x.layout == torch.sparse_coo:
             x = x.coalesce()
             row, col = x.indices()
             return cls(_pointers(row, x.shape[0]), col, x.values(), x.shape, hermitian=hermitian, psd=psd)
         if x.requires_grad:
             raise OperandError(f"a trainable sparse tensor came in layout {x.layout}; convert it to COO or CSR first")
-        return cls.from_tensor(x.to_sparse_csr(), hermitian=hermitian, psd=psd)
+        return cls.from_tensor(x.to_sparse_coo(), hermitian=hermitian, psd=psd)
 
     @property
     def rows(self) -> Tensor:
@@ -186,6 +185,18 @@ def _pointers(index: Tensor, size: int, dtype: torch.dtype = torch.long) -> Tens
 def _csr(crow: Tensor, col: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
     _announce()
     return torch.sparse_csr_tensor(crow, col, values, tuple(shape), check_invariants=False)
+
+
+def _csr_values(x: Tensor) -> Tensor:
+    """The values of a CSR tensor. One that was just made from values leads back to those directly.
+
+    torch's own backward of ``sparse_csr_tensor(crow, col, values)`` masks a dense n×m matrix.
+    """
+    if type(x.grad_fn).__name__ == "SparseCompressedTensorBackward0":
+        values = getattr(x.grad_fn, "_saved_values", None)
+        if isinstance(values, Tensor):
+            return values
+    return x.values()  # type: ignore[operator]
 
 
 @functools.cache

@@ -34,22 +34,22 @@ class Toeplitz(LinearOperator):
             if t is None:
                 continue
             if t.ndim != 1 or t.numel() == 0:
-                raise OperandError(f"{name} has shape {tuple(t.shape)}; a Toeplitz operator needs a 1-D tensor, not empty")
+                raise OperandError(f"{name} has shape {tuple(t.shape)}; a Toeplitz operator needs (n,) with n >= 1")
             if t.dtype != column.dtype or t.device != column.device:
                 raise OperandError(f"row is {t.dtype} on {t.device}; column is {column.dtype} on {column.device}")
             check_finite(t.detach(), name)
         if row is None and column.is_complex() and bool(column[0].detach().imag != 0):
             raise OperandError(
-                f"column[0] = {complex(column[0].detach())} came without a row; the diagonal of a Hermitian matrix is real: "
-                "give the row, or drop the imaginary part"
+                f"column[0] = {complex(column[0].detach())} came without a row; the diagonal of a Hermitian matrix is "
+                "real: give the row, or drop the imaginary part"
             )
         self.column, self.row = column, row
         n, m = column.shape[0], (column if row is None else row).shape[0]
         read = row is not None and n == m
         hermitian = True if row is None else (self._is_hermitian() if read else None)
         super().__init__((n, m), column.dtype, column.device, hermitian=hermitian)
-        if read and hermitian:
-            self.detected(column, self._is_hermitian)
+        if row is not None and hermitian:
+            self.detected((column, row), self._is_hermitian)
         self._length = _fast_length(n + m - 1)
         self._spectrum: tuple[tuple[int, ...], Tensor] | None = None  # with the versions of the tensors behind it
 
@@ -57,7 +57,8 @@ class Toeplitz(LinearOperator):
         assert self.row is not None
         refuse_vmap(self.row, "the row")
         c, r = self.column.detach(), self.row.detach()
-        return torch.equal(c[1:].conj().resolve_conj(), r[1:].resolve_conj()) and not bool(c[:1].is_complex() and c[0].imag)
+        real = not c.is_complex() or not bool(c[0].imag)
+        return real and torch.equal(c[1:].conj().resolve_conj(), r[1:].resolve_conj())
 
     # -- the circulant that T is the upper left corner of ---------------------------------------------------------
 
@@ -134,7 +135,7 @@ def _wide(X: Tensor) -> Tensor:
 
 
 def _fast_length(n: int) -> int:
-    """The smallest even number ≥ n without prime factors above 5: transforms of prime lengths are several times slower."""
+    """The smallest even number ≥ n without prime factors above 5: prime lengths are several times slower."""
     best = 2
     while best < n:
         best *= 2

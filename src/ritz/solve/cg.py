@@ -27,11 +27,15 @@ from .system import (
     divide,
     drive,
     inner,
+    norms,
     take,
 )
 
 if TYPE_CHECKING:
     from ..operators import LinearOperator
+
+# Steps between two looks at whether the recurrence's residual has fallen below what rounding makes of the true one.
+LOOK_EVERY = 50
 
 # A column whose recurrence has not found a smaller residual for this share of its steps (at least 100) has stagnated.
 PATIENCE = 4
@@ -86,7 +90,8 @@ def iterate(system: System, R: Tensor, target: Scalars, max_steps: int) -> Pass:
 
     Both divisions are guarded. ρ = rᴴ P⁻¹ r must be positive. The curvature dᴴ A d is compared, as the Rayleigh
     quotient θ = dᴴ A d / dᴴ P d, with the largest θ seen: dᴴ P d = ρ + β² (dᴴ P d)_old needs no product. θ below
-    −10 eps·θ_max says that A is not positive definite; |θ| below it that A is singular to working precision.
+    −10 eps·θ_max says that A is not positive definite; |θ| below it that A is singular to working precision. A column
+    also leaves when ‖r‖ ≤ eps·‖A‖·‖x‖: the recurrence goes on falling there, b − A x does not.
     """
     result = Pass(R)
     columns = np.arange(R.shape[1])
@@ -100,6 +105,7 @@ def iterate(system: System, R: Tensor, target: Scalars, max_steps: int) -> Pass:
     Z = R if precondition is None else precondition(R)
     rho = square if precondition is None else _energy(R, Z, square)
     D, size, top = Z.clone(), rho, np.zeros_like(rho)
+    largest = np.zeros_like(rho)  # ‖A‖ from below
     best = last_best = np.full_like(rho, np.inf)
     for step in range(1, max_steps + 1):
         Q = system.product(D)
@@ -116,6 +122,9 @@ def iterate(system: System, R: Tensor, target: Scalars, max_steps: int) -> Pass:
         best = np.minimum(best, norm)
         if step % patience == 0:
             leave, last_best = leave | (best >= last_best), best
+        if step % LOOK_EVERY == 0:
+            largest = np.maximum(largest, divide(norms(Q), norms(D)))
+            leave = leave | (norm <= torch.finfo(R.dtype).eps * largest * np.hypot(norms(X), system.base))
         if leave.any():
             check_scalars(theta, step)
             check_scalars(norm, step)
@@ -130,7 +139,7 @@ def iterate(system: System, R: Tensor, target: Scalars, max_steps: int) -> Pass:
             system, columns, target = system.select(keep), columns[keep], target[keep]
             X, R, D = take(X, keep), take(R, keep), take(D, keep)
             rho, size, top, square = rho[keep], size[keep], top[keep], square[keep]
-            best, last_best = best[keep], last_best[keep]
+            best, last_best, largest = best[keep], last_best[keep], largest[keep]
         Z = R if precondition is None else precondition(R)
         rho_new = square if precondition is None else _energy(R, Z, square)
         beta = divide(rho_new, rho)

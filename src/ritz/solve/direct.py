@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DomainError, OperandError
+from ..numerics import unwrap
 from ..operators import Diagonal, Identity
 from ..result import Status
 from .system import Kernel, Outcome, Product, Scalars, check_settings, default_rtol, norms
@@ -99,7 +100,7 @@ def factorise(A: LinearOperator, shifted: bool) -> tuple[Tensor | None, Factor]:
     """The dense matrix (None where it is diagonal), and a solver from its factors."""
     if isinstance(A, (Diagonal, Identity)):
         return None, _diagonal(A)
-    matrix = A.to_dense()
+    matrix = unwrap(A.to_dense()).detach()
     if shifted:
         if not A.hermitian:
             raise OperandError(
@@ -111,7 +112,7 @@ def factorise(A: LinearOperator, shifted: bool) -> tuple[Tensor | None, Factor]:
 
 
 def _diagonal(A: LinearOperator) -> Factor:
-    d = A.diagonal().unsqueeze(1)
+    d = unwrap(A.diagonal()).detach().unsqueeze(1)
 
     def solve(B: Tensor, shift: Tensor | None, adjoint: bool) -> Tensor:
         entries = d.conj() if adjoint else d

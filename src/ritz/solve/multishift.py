@@ -45,9 +45,7 @@ def solve_shifted(product: Product, B: Tensor, shifts: Tensor, target: Scalars, 
 
 
 @np.errstate(all="ignore")
-def _one_run(
-    product: Product, B: Tensor, shifts: Scalars, target: Scalars, max_steps: int
-) -> tuple[Tensor, list[int]]:
+def _one_run(product: Product, B: Tensor, shifts: Scalars, target: Scalars, max_steps: int) -> tuple[Tensor, list[int]]:
     """CG for the smallest (first) shift; the others follow by their ratios φ_m = ζ_{m+1}/ζ_m in (0, 1]:
 
         1/φ_m = 1 + δ α_m + (α_m β_{m−1}/α_{m−1}) (1 − φ_{m−1}),     δ = σ − σ_min

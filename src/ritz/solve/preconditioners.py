@@ -98,7 +98,7 @@ class LowRankPreconditioner(Preconditioner):
     def __init__(self, factor: Tensor, shift: Shift) -> None:
         n = factor.shape[0]
         super().__init__((n, n), factor.dtype, factor.device, psd=True)
-        value = float(shift)
+        value = float(shift.detach() if isinstance(shift, Tensor) else shift)
         if not (value > 0 and value < float("inf")):
             raise DomainError(f"a low-rank preconditioner needs a shift σ² > 0; got {value:.3g}: build(A, shift=...)")
         self.factor = factor
@@ -132,7 +132,7 @@ class LowRankPreconditioner(Preconditioner):
         """n log σ² + log det(I + Fᴴ F/σ²), the latter as 2 Σ log |R_ii| with [F/σ; I] = Q R."""
         F = _wide(self.factor)
         n, r = F.shape
-        noise = torch.as_tensor(self.noise, device=F.device).to(_wide(F).real.dtype).reshape(())
+        noise = torch.as_tensor(self.noise, dtype=F.real.dtype, device=F.device).reshape(())
         out = n * noise.log()
         if r:
             stacked = torch.cat([F / noise.sqrt(), torch.eye(r, dtype=F.dtype, device=F.device)])
@@ -284,10 +284,8 @@ def split_shift(A: LinearOperator) -> tuple[LinearOperator, Shift | None]:
     return (rest[0] if len(rest) == 1 else Sum(rest)), noise
 
 
-def as_product(P: Any, A: LinearOperator) -> Product | None:
+def as_product(P: Any, A: LinearOperator) -> Product:
     """What a user gave as ``preconditioner=``, as the product X -> P⁻¹ X."""
-    if P is None:
-        return None
     if hasattr(P, "build"):
         with torch.no_grad():
             P = P.build(A)

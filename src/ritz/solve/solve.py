@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import OperandError
 from ..methods import Auto
-from ..numerics import as_block, check_finite
+from ..numerics import as_block, check_finite, unwrap
 from ..operators import Diagonal, Identity, LinearOperator, aslinearoperator
 from ..pairing import Cotangents, Pair, Run, check_square
 from ..result import Info, OnFailure, report
@@ -93,19 +93,20 @@ def solve(
     back = None if backward is None else _resolve(backward, A, preconditioner is not None)
     if back is not None:
         _check_method(back, A, sigma is not None, None)
-    if not isinstance(method, Direct) and A.hermitian is None:
+    if A.hermitian is None and not all(isinstance(m, Direct) for m in (method, back or method)):
         A = A.declare(hermitian=True)
 
     with Run(A, *((b,) if sigma is None else (b, sigma))) as run:
         check_finite(b, "b")
-        B, shift, count = block.detach(), None, block.shape[1]
+        B, shift, count = unwrap(block).detach(), None, block.shape[1]
         if sigma is not None:
             check_finite(sigma, "shifts")
-            shift = sigma.detach().to(torch.float64).repeat_interleave(count)
+            shift = unwrap(sigma).detach().to(torch.float64).repeat_interleave(count)
             B = B.repeat(1, sigma.numel())
-        precondition = as_product(preconditioner, A)
+        precondition = None if preconditioner is None else _plain(as_product(preconditioner, A))
         kernel = _bind(method, run, precondition, sigma, shared=True)
-        out, target = solve_columns(kernel, run.matmat, B, first, rtol=method.rtol or 0.0, atol=method.atol, shift=shift)
+        rtol, atol = method.rtol or 0.0, method.atol
+        out, target = solve_columns(kernel, _plain(run.matmat), B, first, rtol=rtol, atol=atol, shift=shift)
         products = run.num_matvecs + _dense_products(method, A)
     info = _info(method, out, products, None if sigma is None else (sigma.numel(), count))
     what = f"solve by {method} at n={A.shape[0]} in {A.dtype}"
@@ -123,8 +124,8 @@ def solve(
         return x if sigma is None else x.permute(1, 0, 2).reshape(x.shape[1], -1)
 
     X = out.X
+    x = fold(X) if sigma is None else fold(X).contiguous()
     if not run.wants_gradient():
-        x = fold(X).contiguous()
         return (x, info) if return_info else x
 
     aim = back if back is not None else _backward_method(method, target)
@@ -137,9 +138,8 @@ def solve(
         check_finite(x_bar, "the cotangent of solve's result")
         before = run.num_matvecs
         solver = reverse or _bind(aim, run, precondition, sigma, shared=False)
-        adjoint, target = solve_columns(
-            solver, _adjoint(run), unfold(x_bar), None, rtol=aim.rtol or 0.0, atol=aim.atol, shift=shift, adjoint=True
-        )
+        G, product, rtol = unfold(unwrap(x_bar)), _plain(_adjoint(run)), aim.rtol or 0.0
+        adjoint, target = solve_columns(solver, product, G, None, rtol=rtol, atol=aim.atol, shift=shift, adjoint=True)
         products = run.num_matvecs - before + (_dense_products(aim, A) if reverse is None else 0)
         info.backward = _info(aim, adjoint, products, None if sigma is None else (sigma.numel(), count))
         text = f"backward of solve by {aim} at n={A.shape[0]} in {A.dtype}"
@@ -150,9 +150,13 @@ def solve(
         sigma_bar = -torch.as_tensor(inner(Lam, X), device=X.device).reshape(-1, count).sum(1)
         return Cotangents([Pair(-Lam)], [Lam.reshape(Lam.shape[0], -1, count).sum(1), sigma_bar])
 
-    # A copy, so that changing the result in place cannot reach the block that backward pairs with.
-    (x,) = run.attach([fold(X).clone(memory_format=torch.contiguous_format)], rule, [X], name="solve")
+    (x,) = run.attach([x], rule, [X], name="solve")
     return (x, info) if return_info else x
+
+
+def _plain(product: Product) -> Product:
+    """A product without the wrappers of torch.func.grad, so that our vectors can be updated in place."""
+    return lambda X: unwrap(product(X))
 
 
 def _resolve(method: Any, A: LinearOperator, preconditioned: bool) -> Solver:
@@ -187,7 +191,7 @@ def _bind(method: Solver, run: Run, precondition: Product | None, sigma: Tensor 
         return method.bind(run.bound, sigma is not None)
     if sigma is None or not shared or not isinstance(method, CG):
         return method.bind(run.bound, precondition)
-    limit, values = method.max_steps or default_steps(run.A.shape[0]), sigma.detach().to(torch.float64)
+    limit, values = method.max_steps or default_steps(run.A.shape[0]), unwrap(sigma).detach().to(torch.float64)
 
     def kernel(
         product: Product, B: Tensor, X0: Tensor | None, target: Scalars, shift: Tensor | None, adjoint: bool
@@ -223,7 +227,7 @@ def _backward_method(method: Solver, target: Scalars) -> Solver:
 
 def _info(method: Solver, out: Outcome, products: int, shape: tuple[int, int] | None) -> Info:
     """The report; ``shape`` is (s, k) with shifts."""
-    details = {"steps": tuple(out.steps), "status": tuple(out.status), **out.details}
+    details: dict[str, object] = {"steps": tuple(out.steps), "status": tuple(out.status), **out.details}
     residual = torch.from_numpy(out.residual if shape is None else out.residual.reshape(shape))
     depth = max(out.steps, default=0)
     return Info(method, products, depth, residual, status=worst(out.status), details=details)
@@ -245,7 +249,7 @@ def _first_guess(x0: Tensor, b: Tensor, A: LinearOperator) -> Tensor:
     if x0.shape != b.shape:
         raise OperandError(f"x0 has shape {tuple(x0.shape)}; expected that of b, {tuple(b.shape)}")
     check_finite(x0, "x0")
-    return guess.detach()
+    return unwrap(guess).detach()
 
 
 def _shift_tensor(shifts: Any, A: LinearOperator) -> Tensor:

@@ -24,7 +24,7 @@ Product = Callable[[Tensor], Tensor]
 # there than as a torch operation (on a GPU: two synchronisations against twenty launches).
 Scalars = np.ndarray
 
-# A column that was sent back must at least halve its recomputed residual, or it has stagnated.
+# A column that was sent back aims at half its target, and must halve its recomputed residual, or it has stagnated.
 HALVED = 0.5
 
 # Rounding of a product and a scalar product relative to the largest Rayleigh quotient seen, in units of eps.
@@ -35,11 +35,19 @@ _SEVERITY = (Status.CONVERGED, Status.MAX_STEPS, Status.STAGNATED, Status.NOT_PO
 
 @dataclass(frozen=True)
 class System:
-    """(A + diag-per-column shift): the product of column j is A x_j + σ_j x_j."""
+    """What an iteration needs to know of A + σ_j I, one column at a time.
+
+    Attributes:
+        matmat: A X.
+        precondition: P⁻¹ X, or None.
+        shift: σ (k,), real, or None for zeros.
+        base: ‖x‖ of the guess that the iteration corrects, (k,) or 0: rounding of b − A x grows with it.
+    """
 
     matmat: Product
     precondition: Product | None = None
-    shift: Tensor | None = None  # (k,), real
+    shift: Tensor | None = None
+    base: Scalars | float = 0.0
 
     def product(self, X: Tensor) -> Tensor:
         """(A + σ_j I) x_j for every column j."""
@@ -48,7 +56,8 @@ class System:
 
     def select(self, columns: Sequence[int] | Scalars) -> System:
         """The system of some columns only."""
-        return self if self.shift is None else replace(self, shift=take(self.shift, columns))
+        shift = None if self.shift is None else take(self.shift, columns)
+        return replace(self, shift=shift, base=self.base if isinstance(self.base, float) else self.base[columns])
 
 
 @dataclass
@@ -109,10 +118,10 @@ def inner(X: Tensor, Y: Tensor) -> Scalars:
     """Re x_jᴴ y_j of every column, accumulated in float64, (k,); one synchronisation."""
     if X.is_complex():
         X, Y = torch.view_as_real(X.resolve_conj()), torch.view_as_real(Y.resolve_conj())
-        return (X * Y).sum((0, 2), dtype=torch.float64).cpu().numpy()
+        return np.array((X * Y).sum((0, 2), dtype=torch.float64).tolist())
     if X.shape[1] == 1 and X.dtype == torch.float64:
         return np.array([torch.dot(X.squeeze(1), Y.squeeze(1)).item()])
-    return (X * Y).sum(0, dtype=torch.float64).cpu().numpy()
+    return np.array((X * Y).sum(0, dtype=torch.float64).tolist())
 
 
 def norms(X: Tensor) -> Scalars:
@@ -197,9 +206,10 @@ def drive(
     steps = list(spent) if spent is not None else [0] * k
     status = [Status.CONVERGED if good else Status.MAX_STEPS for good in residual <= target]
     todo = [j for j in range(k) if status[j] is not Status.CONVERGED and steps[j] < max_steps]
+    aim = target
     while todo:
-        part = system.select(todo)
-        done = iterate(part, take(R, todo), target[todo], max_steps - max(steps[j] for j in todo))
+        part = replace(system.select(todo), base=norms(take(X, todo)))
+        done = iterate(part, take(R, todo), aim[todo], max_steps - max(steps[j] for j in todo))
         trial = take(X, todo) + done.X
         R_new = take(B, todo) - part.product(trial)
         now, before = norms(R_new), residual[todo]
@@ -221,7 +231,7 @@ def drive(
                 again.append(j)
         places = torch.tensor([todo[i] for i in kept], dtype=torch.long, device=B.device)
         X[:, places], R[:, places] = take(trial, kept), take(R_new, kept)
-        todo = again
+        todo, aim = again, HALVED * target
     return Outcome(X, residual, steps, status)
 
 
@@ -253,9 +263,9 @@ def solve_columns(
     U = B[:, live] / first
     length = norms(U)
     second = row(length, first)
-    where = live.cpu().numpy()
+    where = np.array(live.tolist())
     with np.errstate(over="ignore", under="ignore"):
-        target[where] = np.maximum(rtol, atol / first.cpu().double().numpy() / length)
+        target[where] = np.maximum(rtol, atol / np.array(first.double().tolist()) / length)
     start = None if X0 is None else X0[:, live] / first / second
     part = kernel(product, U / second, start, target[where], None if shift is None else shift[live], adjoint)
     out.X[:, live] = (part.X * second) * first

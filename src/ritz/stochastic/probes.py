@@ -24,8 +24,8 @@ class Hutchinson:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.m < 1:
-            raise OperandError(f"Hutchinson(m={self.m}); expected at least one probe")
+        if not isinstance(self.m, int) or self.m < 1:
+            raise OperandError(f"Hutchinson(m={self.m!r}); expected a whole number of probes, at least one")
 
     def probes(
         self, n: int, dtype: torch.dtype, device: torch.device | str = "cpu", generator: torch.Generator | None = None

@@ -11,8 +11,10 @@ from ..errors import OperandError
 from ..functions.forms import Term, shared_forms
 from ..functions.multiply import funm_multiply
 from ..functions.scalar import as_function, log
-from ..methods import Arnoldi, Auto, Frechet, GradientRule, KrylovMethod
+from ..functions.space import choose
+from ..methods import Auto, Frechet, GradientRule, KrylovMethod, Lanczos
 from ..operators.base import LinearOperator
+from ..operators.convert import aslinearoperator
 from ..pairing import check_square
 from ..result import Info, OnFailure, Status
 from .probes import Hutchinson, mean_and_error
@@ -48,9 +50,9 @@ def trace(
     Cost: k block products of width m; the gradient needs none, only one pairing of width about 10 m.
     Reference: Hutchinson 1989; Ubaru, Chen, Saad 2017 (stochastic Lanczos quadrature).
     """
+    A = aslinearoperator(A)
     check_square(A, "a trace")
-    if not isinstance(estimator, Hutchinson):
-        raise OperandError(f"estimator={estimator!r}; expected Hutchinson(m)")
+    _check_estimator(estimator)
     n = A.shape[0]
     Z = estimator.probes(n, A.dtype, A.device, generator)
     if f is None:
@@ -59,19 +61,26 @@ def trace(
         samples = (Z.conj() * (A @ Z)).sum(0)
         samples = samples.real if A.hermitian and samples.is_complex() else samples
         info = Info(estimator, Z.shape[1], 1, status=Status.FIXED)
-    elif A.hermitian or not isinstance(method, (Auto, Arnoldi)):
+    elif isinstance(choose(A, method), Lanczos):
         (samples,), info = shared_forms(
             A, Z, [Term(as_function(f), slice(None), shifts)], method=method, gradient=gradient, on_failure=on_failure
         )
     else:
         if shifts is not None:
-            raise OperandError("shifts= needs a Hermitian operator; declare hermitian=True if it is, or loop over shifts")
+            raise OperandError(
+                "shifts= needs a Lanczos run of a Hermitian operator; declare hermitian=True if it is, or loop over shifts"
+            )
         Y, info = funm_multiply(f, A, Z, method=method, gradient=gradient, return_info=True, on_failure=on_failure)
         samples = (Z.conj() * Y).sum(0)
     value, error = mean_and_error(samples, estimator.is_exact(n))
     info.standard_error = error
     info.details["estimator"] = estimator
     return (value, info) if return_info else value
+
+
+def _check_estimator(estimator: object) -> None:
+    if not isinstance(estimator, Hutchinson):
+        raise OperandError(f"estimator={estimator!r}; expected Hutchinson(m) with m probes")
 
 
 def logdet(
@@ -129,12 +138,14 @@ def diagonal(
 
     Reference: Bekas, Kokiopoulou, Saad 2007.
     """
+    A = aslinearoperator(A)
     check_square(A, "a diagonal")
     n = A.shape[0]
     if f is None and estimator is None:
         exact = A.diagonal()
         return (exact, Info(None, 0, 0, standard_error=torch.zeros_like(exact.real))) if return_info else exact
-    estimator = estimator or Hutchinson()
+    estimator = Hutchinson() if estimator is None else estimator
+    _check_estimator(estimator)
     Z = estimator.probes(n, A.dtype, A.device, generator)
     if f is None:
         Y, info = A @ Z, Info(estimator, Z.shape[1], 1)

@@ -1,6 +1,7 @@
 """What tests need, public so that you can test your own operators: problems, dense references, naive loops."""
 
 from ritz.testing import loops, market, matrices, oracles
+from ritz.testing.checks import CheckError, check_gradient, check_operator
 from ritz.testing.market import Problem, problem, problems
 from ritz.testing.matrices import (
     CoraGraph,
@@ -15,12 +16,13 @@ from ritz.testing.matrices import (
     suitesparse,
 )
 
-# check_operator and check_gradient live in ritz.testing.checks.
-
 __all__ = [
+    "CheckError",
     "CoraGraph",
     "Problem",
     "advection_diffusion_1d",
+    "check_gradient",
+    "check_operator",
     "cora_graph",
     "graph_laplacian",
     "hilbert",

@@ -1,0 +1,98 @@
+"""Figures of a fit: how the loss fell, and whether the predicted intervals hold what they promise.
+
+Needs matplotlib (``pip install ritz[plot]``). Figures are built without pyplot: no window, no global state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#6f6f6f"  # Okabe and Ito: told apart by everyone, and in print
+
+
+def training_curve(axes: Axes, steps: Sequence[float], loss: Sequence[float], *, title: str, color: str = BLUE) -> None:
+    """The loss over the steps of one phase.
+
+    Args:
+        axes: where to draw.
+        steps: step numbers, increasing.
+        loss: negative log marginal likelihood a row at each step; non-finite values leave a gap.
+        title: what is being fitted, by what.
+    """
+    marker = "o" if len(steps) <= 60 else None
+    axes.plot(steps, loss, color=color, marker=marker, markersize=3, linewidth=1.4)
+    axes.set_title(title)
+    axes.set_xlabel("step")
+    axes.set_ylabel("negative log marginal likelihood a row")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _tidy(axes)
+
+
+def calibration(axes: Axes, nominal: Sequence[float], observed: Sequence[float], *, rows: int, title: str) -> None:
+    """Share of targets inside central intervals, against the level the intervals were made for.
+
+    The band is where a calibrated model's points lie with probability 0.95 each, given ``rows`` independent rows.
+
+    Args:
+        axes: where to draw.
+        nominal: levels in (0, 1), increasing.
+        observed: share of the targets inside the interval of each level.
+        rows: number of targets.
+        title: above the panel.
+    """
+    grid = [i / 100 for i in range(101)]
+    half = [1.96 * math.sqrt(p * (1 - p) / rows) for p in grid]
+    low = [max(p - h, 0.0) for p, h in zip(grid, half)]
+    high = [min(p + h, 1.0) for p, h in zip(grid, half)]
+    axes.fill_between(grid, low, high, color=GREY, alpha=0.25, linewidth=0, label=f"chance, {rows} rows")
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", label="calibrated")
+    axes.plot(nominal, observed, color=ORANGE, marker="o", markersize=3, linewidth=1.4, label="this model")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    axes.set_aspect("equal")
+    axes.set_title(title)
+    axes.set_xlabel("nominal level of the central interval")
+    axes.set_ylabel("share of test targets inside")
+    axes.text(0.05, 0.66, "above the line:\nintervals too wide", transform=axes.transAxes, fontsize=8, color=GREY)
+    axes.text(0.95, 0.22, "below the line:\ntoo narrow", transform=axes.transAxes, fontsize=8, color=GREY, ha="right")
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    _tidy(axes)
+
+
+def fit_figure(phases: Sequence[Mapping[str, Any]], coverage: Mapping[str, Any], *, rows: int, title: str) -> Figure:
+    """One panel for each phase of the training, and one for the calibration on held-out rows.
+
+    Args:
+        phases: each with ``title``, ``steps`` and ``loss``; phases without steps are left out.
+        coverage: ``nominal`` levels and the ``observed`` share of targets inside.
+        rows: number of held-out targets.
+        title: above the figure.
+
+    Returns:
+        A matplotlib figure; ``figure.savefig(path)`` writes it.
+    """
+    from matplotlib.figure import Figure
+
+    shown = [phase for phase in phases if phase["steps"]]
+    panels = len(shown) + 1
+    figure = Figure(figsize=(3.9 * panels + 0.3, 4.1), layout="constrained", dpi=130)
+    all_axes = figure.subplots(1, panels, squeeze=False)[0]
+    for axes, phase in zip(all_axes, shown):
+        training_curve(axes, phase["steps"], phase["loss"], title=phase["title"])
+    calibration(
+        all_axes[-1], coverage["nominal"], coverage["observed"], rows=rows, title="calibration on held-out rows"
+    )
+    figure.suptitle(title)
+    return figure
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.title.set_fontsize(10)
+    axes.grid(color=GREY, alpha=0.2, linewidth=0.6)
