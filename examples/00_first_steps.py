@@ -1,8 +1,8 @@
 """A matrix that exists only as a product: its log-determinant, and the gradient with respect to everything inside.
 
 The matrix is A = s·I + Fᵀ D F with F the differences along a chain of n points and D = diag(stiffnesses): the precision
-matrix of a chain of springs. s and D are given by their logarithms. The product is a plain Python function that closes over the parameters;
-nothing is declared. Everything is compared with dense linear algebra.
+matrix of a chain of springs. s and D are given by their logarithms. The product is a plain Python function that closes
+over these parameters; nothing is declared. Everything is compared with dense linear algebra.
 
     python examples/00_first_steps.py [--out out]        RITZ_SMALL=1: a smaller chain
 """
@@ -49,7 +49,7 @@ form_dense = v @ (Z @ (w.log() * (Z.T @ v)))
 gradient_dense = torch.autograd.grad(form_dense, [log_noise, log_stiffness])
 form_error = ((form - form_dense) / form_dense).abs().item()
 gradient_error = max(((g - h).norm() / h.norm()).item() for g, h in zip(gradient, gradient_dense))
-print(f"form: error {form_error:.1e} from {info.num_matvecs} products; gradient: {gradient_error:.1e}, no further product")
+print(f"form: error {form_error:.1e}, {info.num_matvecs} products; gradient {gradient_error:.1e}, no further product")
 
 # %% The log-determinant: an average over random probes, so it comes with a standard error
 truth = torch.logdet(A.to_dense())
@@ -60,7 +60,7 @@ for probes in (5, 20, 80):
     g = torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, [log_noise, log_stiffness])])
     rows.append((probes, value.item(), info.standard_error.item(), g))
     error = ((g - truth_gradient).norm() / truth_gradient.norm()).item()
-    print(f"logdet, {probes:2d} probes: {value.item():.2f} ± {info.standard_error:.2f}, relative error of the gradient {error:.3f}")
+    print(f"logdet, {probes:2d} probes: {value.item():.2f} ± {info.standard_error:.2f}, gradient off by {error:.1%}")
 print(f"logdet, dense:     {truth.item():.2f}")
 
 # %% Figure

@@ -23,6 +23,7 @@ def blocks(text: str) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, found.start(1)), found.group(1)) for found in FENCE.finditer(text)]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own, on the first forward mode
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_blocks_run(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All blocks of a page run in one namespace, in order; line numbers in a traceback are those of the page."""

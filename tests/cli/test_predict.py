@@ -25,12 +25,12 @@ def expected(model: Path) -> np.ndarray:
     gp, X, y = saved.gp, saved.X.double(), saved.y.double()
     Z = saved.spec.tensor((NEW[:, :2] - saved.scaling.x_mean) / saved.scaling.x_scale).double()
     kernel = gp.kernel.double()
-    K = kernel.evaluate(X).detach().numpy() + float(gp.noise) * np.eye(len(X))
+    K = kernel.evaluate(X).detach().numpy() + gp.noise.item() * np.eye(len(X))
     C = kernel.evaluate(X, Z).detach().numpy()
     prior = kernel.evaluate(Z).detach().numpy().diagonal()
-    offset = float(gp.mean(X).mean()) if callable(gp.mean) else 0.0
+    offset = gp.mean(X).mean().item() if callable(gp.mean) else 0.0
     mean = offset + C.T @ np.linalg.solve(K, y.numpy() - offset)
-    variance = prior - (C * np.linalg.solve(K, C)).sum(0) + float(gp.noise)
+    variance = prior - (C * np.linalg.solve(K, C)).sum(0) + gp.noise.item()
     return np.column_stack(
         [mean * saved.scaling.y_scale + saved.scaling.y_mean, np.sqrt(variance) * saved.scaling.y_scale]
     )

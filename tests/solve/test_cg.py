@@ -41,11 +41,8 @@ def test_against_dense(name):
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.float64, 1e-6), (torch.complex128, 1e-6)])
 def test_default_tolerance_by_dtype(dtype, bound):
-    A = (
-        problem("complex_positive", n=40, condition=100.0).matrix
-        if dtype.is_complex
-        else problem("spd_well", n=40).matrix.to(dtype)
-    )
+    name = "complex_positive" if dtype.is_complex else "spd_well"
+    A = problem(name, n=40, condition=50.0).matrix.to(dtype)
     b = normal(A.shape[0], 2, dtype=dtype)
     x, info = solve(ritz.aslinearoperator(A, psd=True), b, method=CG(), return_info=True)
     assert x.dtype == dtype and info.method.rtol == bound

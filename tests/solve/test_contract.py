@@ -76,9 +76,7 @@ def test_the_warning_has_the_figures(method):
     b[:, 0] = 0.0
     name = type(method).__name__
     words = rf"solve by {name}\(.*\) at n=50 in torch.float64: step limit reached after 4 steps \(10 products\); worst "
-    words += (
-        r"residual \d\.\d+ \(column [12]\) against a target of 1e-06; allow more steps, or improve the conditioning"
-    )
+    words += r"residual \d\.\d+ \(column [12]\) against a target of 1e-06; allow more steps, or improve"
     with pytest.warns(ConvergenceWarning, match=words) as caught:
         x, info = solve(A, b, method=method, return_info=True)
     assert caught[0].filename == __file__

@@ -124,7 +124,7 @@ def read_table(path: str | Path, header: bool | None = None) -> Table:
     try:
         frame = pandas.read_csv(
             io.StringIO(text), sep=separator, header=0 if header else None, names=names, index_col=False,
-            skipinitialspace=True, low_memory=False, float_precision="round_trip",
+            skipinitialspace=True, low_memory=False,
         )  # fmt: skip
     except (ValueError, OverflowError) as error:  # pandas' parser errors are ValueErrors
         raise CommandError(f"{path}: pandas cannot read it: {one_line(error)}") from error

@@ -13,7 +13,9 @@ from .minres import MINRES
 if TYPE_CHECKING:
     from ..operators import LinearOperator
 
-# Up to here a dense factorisation is chosen whatever the conditioning.
+# Up to here a dense factorisation is chosen whatever the conditioning. Measured on one core in float64 with a dense
+# positive definite matrix of condition 40 (45 steps of CG): Direct 19, 124, 517 ms and CG 22, 140, 224 ms at n = 1000,
+# 2000, 3000. Sparse and well conditioned systems would gain from CG earlier; ill conditioned ones, later.
 DIRECT_UP_TO = 2000
 
 
