@@ -130,9 +130,7 @@ def network(sizes: list[int], batch: int) -> Problem:
     """Gauss-Newton matrix of a small classifier + damping, as a callable (built by the torch worker); f = log."""
     n = sum((a + 1) * b for a, b in zip(sizes, sizes[1:], strict=False))
     settings = {"sizes": sizes, "batch": batch, "damping": 0.01}
-    return Problem(
-        "network", f"GGN of an MLP {sizes} + 0.01 I, {n} parameters, log", "log", unit_vector(n), settings=settings
-    )
+    return Problem("network", f"GGN of an MLP, {n} parameters, + 0.01 I, log", "log", unit_vector(n), settings=settings)
 
 
 def make_problem(name: str, *, quick: bool = False, data: str | None = None) -> Problem:

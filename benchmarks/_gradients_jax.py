@@ -109,10 +109,10 @@ def make_cases(worker: str, problem: Problem, spec: dict) -> Callable[[int], Cas
 
 
 def _trial(run: Callable, *args: Any) -> float:
-    """Seconds a call, the best of three after a warm-up."""
+    """Seconds a call, the best of five after a warm-up."""
     jax.block_until_ready(run(*args))
     best = float("inf")
-    for _ in range(3):
+    for _ in range(5):
         start = time.perf_counter()
         jax.block_until_ready(run(*args))
         best = min(best, time.perf_counter() - start)

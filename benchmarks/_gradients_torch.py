@@ -190,9 +190,9 @@ def loop_cases(worker: str, setup: Setup, spec: dict) -> Callable[[int], Case]:
 
 
 def _trial(setup: Setup, make: Callable) -> float:
-    """Seconds for value and gradient at depth 10, the better of three."""
+    """Seconds for value and gradient at depth 10, the best of five."""
     best = float("inf")
-    for _ in range(3):
+    for _ in range(5):
         start = time.perf_counter()
         value = lanczos_form_autograd(make(setup.params[0]), setup.v, setup.f, 10)
         torch.autograd.grad(value, setup.params)

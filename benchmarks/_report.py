@@ -80,7 +80,8 @@ def markdown(result: dict) -> str:
         "# Gradients of matrix functions",
         "",
         f"{env['cpu']}, {env['threads']} threads, {env['device']}, float64, {env['date']}; {versions}; "
-        f"load average at the start {env['load_average'][0]:.1f}" + (" — **quick sizes**" if result["quick"] else ""),
+        f"load average {env['load_average'][0]:.1f} before, {env['load_average_end'][0]:.1f} after"
+        + (" — **quick sizes**" if result["quick"] else ""),
         "",
         "| problem | bar (time ratio) | k | figure | met |",
         "|---|---|---|---|---|",

@@ -140,6 +140,7 @@ def benchmark(options: argparse.Namespace, path: Path, environment: dict) -> dic
     def save() -> None:
         result["records"] = _report.merge(records)
         result["bars"] = _report.bars(result["records"])
+        environment["load_average_end"] = os.getloadavg()
         _common.write_json(path, result)
 
     for turn in range(options.rounds):
@@ -168,6 +169,8 @@ def main() -> int:
         result["bars"] = _report.bars(result["records"])
     else:
         environment = _common.environment(options.threads, options.device)
+        if environment["load_average"][0] > 0.5:
+            print(f"  others are using this machine (load {environment['load_average'][0]:.1f}): times will be noisy")
         stem = f"gradients-{options.device}-{environment['date']}" + ("-quick" if options.quick else "")
         path = options.output / f"{stem}.json"
         result = benchmark(options, path, environment)

@@ -1024,6 +1024,7 @@ def test_the_callable_runs_under_the_users_autocast_and_own_numerics_do_not():
         (value,) = run.attach([Y.square().sum() / 2], rule, [torch.ones(N, 2)], name="half a square")
         assert torch.is_autocast_enabled("cpu")
     value.backward()
+    assert run.bound.deferrable  # autocast's cached cast of the weight, left by the probe, must not hide the weight
     assert inside == [False, torch.float32, False]
     assert len(states) > 3 and all(states)  # the probe, the product, the pairing in backward
     expected = weight.detach().bfloat16().float() @ torch.ones(N, 2)

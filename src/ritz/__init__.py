@@ -1,6 +1,6 @@
 """ritz: gradients of functions of large matrices, and learning with the curvature they give."""
 
-from . import errors, functions, krylov, operators, stochastic
+from . import errors, functions, gp, kernels, krylov, operators, stochastic, testing
 from .errors import (
     BreakdownError,
     ConvergenceError,
@@ -15,6 +15,7 @@ from .methods import Adjoint, Arnoldi, Auto, Frechet, Lanczos, Unrolled
 from .operators import Counting, LinearOperator, aslinearoperator
 from .ravel import ravel
 from .result import Info, Status
+from .solve import CG, MINRES, Direct, Jacobi, RandomlyPivotedCholesky, solve
 from .stochastic import Hutchinson, diagonal, logdet, trace
 
 __version__ = "0.1.0.dev0"
@@ -24,17 +25,22 @@ __all__ = [
     "Arnoldi",
     "Auto",
     "BreakdownError",
+    "CG",
     "ConvergenceError",
     "ConvergenceWarning",
     "Counting",
+    "Direct",
     "DomainError",
     "Frechet",
     "Hutchinson",
     "Info",
+    "Jacobi",
     "Lanczos",
     "LinearOperator",
+    "MINRES",
     "NonFiniteError",
     "OperandError",
+    "RandomlyPivotedCholesky",
     "RitzError",
     "Status",
     "Unrolled",
@@ -45,11 +51,15 @@ __all__ = [
     "expm_multiply",
     "functions",
     "funm_multiply",
+    "gp",
+    "kernels",
     "krylov",
     "logdet",
     "operators",
     "quadratic_form",
     "ravel",
+    "solve",
     "stochastic",
+    "testing",
     "trace",
 ]

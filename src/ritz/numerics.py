@@ -59,6 +59,17 @@ def under_autocast(state: dict[str, Autocast], device: torch.device) -> Iterator
 
 
 @contextlib.contextmanager
+def without_cast_cache() -> Iterator[None]:
+    """Autocast casts parameters anew, instead of finding what an earlier product left: a cast hides its parameter."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+@contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """Autocast off and float32 matrix products in IEEE precision, restored on exit."""
     state = _autocast_state()

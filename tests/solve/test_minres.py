@@ -1,11 +1,14 @@
 """MINRES: indefinite, singular and shared block products."""
 
+import numpy as np
 import pytest
 import torch
 
 import ritz
 from ritz.result import Status
 from ritz.solve import MINRES, solve
+from ritz.solve.minres import iterate
+from ritz.solve.system import System
 from ritz.testing import problem
 
 HERMITIAN = ("one_by_one", "spd_well", "indefinite", "repeated", "clustered", "identity_multiple", "complex_positive")
@@ -109,6 +112,15 @@ def test_scale_of_the_right_hand_side_does_not_matter(scale):
     torch.testing.assert_close(
         solve(A, scale * b, method=MINRES()) / scale, solve(A, b, method=MINRES()), rtol=1e-3, atol=1e-4
     )
+
+
+def test_residual_that_is_carried_along_is_the_true_one():
+    A = torch.diag(torch.logspace(0, 3, 50, dtype=torch.float64)) + problem("indefinite", n=50).matrix
+    b = normal(50, 2)
+    R = b.clone()
+    P = lambda X: X / torch.logspace(0, 4, 50, dtype=torch.float64).unsqueeze(1)
+    done = iterate(System(lambda X: A @ X, P), R, np.zeros(2), 6)  # R is overwritten
+    torch.testing.assert_close(R, b - A @ done.X, rtol=1e-9, atol=1e-9)
 
 
 def test_preconditioner_must_be_definite():

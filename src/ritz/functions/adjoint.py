@@ -34,7 +34,8 @@ def forms_by_adjoint(run: Run, space: HermitianSpace, terms: Sequence[Term], met
 
     Beyond convergence the recurrence differentiates rounding noise (with repeated eigenvalues no β is small, and the
     error grows without bound). A form's value does not change any more from the depth k* on where the coefficients
-    of f(A)v have fallen below rounding; the adjoint starts there.
+    of f(A)v have fallen below rounding; the adjoint starts there. Where a small β (a cluster of eigenvalues) would
+    magnify rounding by ‖A‖/β, it starts before that β once less than this is lost.
     """
     from .forms import form_input_gradients, term_cotangents
 
@@ -78,12 +79,13 @@ def _truncate(space: HermitianSpace, terms: Sequence[Term]) -> LanczosState:
     state = space.state
     k = state.Q.shape[1]
     needed = torch.ones_like(state.depth)
-    eps = torch.finfo(state.alpha.dtype).eps
+    size = (state.alpha.abs() + state.beta).amax(1, keepdim=True)
+    noise = torch.finfo(state.alpha.dtype).eps * (size / state.beta).clamp(min=1)  # of a step past β_j; inf at breakdown
     for term in terms:
         for f in _shifted(term):
             c = space.small(f)
             tail = c.abs().square().flip(1).cumsum(1).flip(1).sqrt()
-            live = (tail > eps * tail[:, :1]).sum(1)
+            live = 1 + (tail[:, 1:] > noise[:, :-1] * tail[:, :1]).long().cumprod(1).sum(1)
             needed[term.columns] = torch.maximum(needed[term.columns], live[term.columns])
     depth = torch.minimum(state.depth, needed)
     if bool((depth == state.depth).all()):

@@ -123,7 +123,7 @@ class ExactGP(nn.Module):
         Cost: n³ operations and a few n² numbers on the dense path. Iterative: one block product of m + 1 columns per
             Lanczos step and (m + 1)·k·n numbers for the basis; the gradient is one pairing of width about 10 (m + 1).
         Gradient: in X, y, the noise, the kernel's and the mean's parameters; first order, any order on the dense path.
-        Reference: math of the shared block in docs/derivations/kernels.md; Gardner et al. 2018 for the idea of one block.
+        Reference: docs/derivations/kernels.md; one block for both terms as in Gardner et al., GPyTorch, 2018.
         """
         X, y = self._check(X, y)
         method = self.method(X.shape[0])
@@ -143,8 +143,8 @@ class ExactGP(nn.Module):
 
     def dense_covariance(self, X: Tensor) -> Tensor:
         """K(X, X) + σ² I (n, n) in float64, differentiable to any order."""
-        n = X.shape[0]
-        return self.kernel.evaluate(X.double()) + self.noise.double() * torch.eye(n, dtype=torch.float64, device=X.device)
+        eye = torch.eye(X.shape[0], dtype=torch.float64, device=X.device)
+        return self.kernel.evaluate(X.double()) + self.noise.double() * eye
 
     def condition(self, X: Tensor, y: Tensor) -> Posterior:
         """The posterior given observations X (n, d), y (n,).
@@ -177,9 +177,8 @@ def _check_methods(solver: Any, logdet: Any) -> None:
         raise OperandError(f"solver={solver!r}; expected Auto(), CG(...) or Direct()")
     if isinstance(logdet, Auto):
         return
-    if not (
-        isinstance(logdet, tuple) and len(logdet) == 2 and isinstance(logdet[0], Hutchinson) and isinstance(logdet[1], Lanczos)
-    ):
+    kinds = tuple(type(part) for part in logdet) if isinstance(logdet, tuple) else ()
+    if kinds != (Hutchinson, Lanczos):
         raise OperandError(f"logdet={logdet!r}; expected Auto() or (Hutchinson(m), Lanczos(k))")
     if isinstance(solver, Direct):
         raise OperandError("solver=Direct() gives the log-determinant as well; logdet= must be Auto() then")

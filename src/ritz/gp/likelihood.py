@@ -39,9 +39,9 @@ def cholesky(K: Tensor, X: Tensor, noise: Tensor) -> Tensor:
     raise DomainError(
         f"the covariance of n = {n} points in {K.dtype} is not positive definite: pivot {order} of {n} came out <= 0 "
         f"(the smallest before it was {smallest:.3g}, the largest variance is {top:.3g}). The noise variance is "
-        f"{float(noise):.3g}, {duplicates} rows of X repeat another one. Nothing was added to the diagonal. Use a larger "
-        f"noise (above n·eps·variance = {n * torch.finfo(K.dtype).eps * top:.1g}), shorter length-scales, float64, or "
-        "merge the repeated points"
+        f"{float(noise):.3g}, {duplicates} rows of X repeat another one. Nothing was added to the diagonal. Use a "
+        f"larger noise (above n·eps·variance = {n * torch.finfo(K.dtype).eps * top:.1g}), shorter length-scales, float64, "
+        "or merge the repeated points"
     )
 
 
@@ -92,13 +92,12 @@ def warn_of_rounding(A: LinearOperator, noise: Tensor) -> None:
     """One warning where the largest eigenvalue's rounding may exceed the smallest eigenvalue, the noise."""
     with torch.no_grad():
         trace, sigma2 = float(A.diagonal().sum()), float(noise)
-    lost = torch.finfo(A.dtype).eps * trace / sigma2
-    if lost > 1:
+    rounding = torch.finfo(A.dtype).eps * trace
+    if rounding > sigma2:
         what = "work in float64" if A.dtype != torch.float64 else "use a larger noise"
         warnings.warn(
-            f"a covariance of {A.shape[0]} points with noise variance {sigma2:.3g} in {A.dtype}: rounding of its largest "
-            f"eigenvalue, up to {torch.finfo(A.dtype).eps * trace:.2g}, exceeds the noise {lost:.1f}-fold, so the smallest "
-            f"eigenvalues may be lost; {what}",
+            f"a covariance of {A.shape[0]} points in {A.dtype}: the rounding of its largest eigenvalue, up to "
+            f"{rounding:.2g}, exceeds the noise variance {sigma2:.3g}, so that the smallest eigenvalues may be lost; {what}",
             ConvergenceWarning,
             stacklevel=4,
         )

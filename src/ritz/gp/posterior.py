@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import OperandError
 from ..numerics import check_finite, full_precision
+from ..result import Info
 from ..solve import CG, Direct, RandomlyPivotedCholesky, solve
 from . import likelihood
 
@@ -38,7 +39,8 @@ class Posterior:
     def __init__(self, gp: ExactGP, X: Tensor, y: Tensor) -> None:
         self.gp = copy.deepcopy(gp).requires_grad_(False)
         self.X, self.y = X, y
-        self.info = None
+        self.info: Info | None = None
+        self._L: Tensor | None = None
         with torch.no_grad():
             r = y - self.gp.mean(X)
             if isinstance(self.gp.method(X.shape[0]), Direct):
@@ -46,7 +48,6 @@ class Posterior:
                     self._L = likelihood.cholesky(self.gp.dense_covariance(X), X, self.gp.noise)
                     self.weights = torch.cholesky_solve(r.double().unsqueeze(1), self._L).squeeze(1).to(y.dtype)
                 return
-            self._L = None
             self._A = self.gp.covariance(X)
             likelihood.warn_of_rounding(self._A, self.gp.noise)
             self._P = RandomlyPivotedCholesky(min(RANK, X.shape[0])).build(self._A)

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from ..errors import AdjointUnavailableError, NonFiniteError, OperandError, TransformError
-from ..numerics import Autocast, in_transform, refuse_transforms, refuse_vmap, under_autocast, user_autocast, version
+from ..numerics import (
+    Autocast,
+    in_transform,
+    refuse_transforms,
+    refuse_vmap,
+    under_autocast,
+    user_autocast,
+    version,
+    without_cast_cache,
+)
 from .base import Gradients, LinearOperator
 from .capture import Seen, captured_tensors, depends, sequence_number
 
@@ -202,7 +211,7 @@ class FunctionOperator(LinearOperator):
                 self._blocks["product"] = bound._takes_blocks(self.fn, self.shape[1])
             operand = X.detach()
             seen, before = Seen(operand), sequence_number()
-            with seen:
+            with without_cast_cache(), seen:
                 Y = bound._matmat(operand)
         refuse_transforms(Y, "the product")  # here: detach drops a forward-mode tangent
         captured, complete = captured_tensors(Y, seen, before)

@@ -51,7 +51,8 @@ def solve(
         preconditioner: ``Jacobi()``, ``RandomlyPivotedCholesky(rank)``, an object with ``solve(X)``, or a callable
             X -> P⁻¹ X; Hermitian positive definite. Not with shifts, nor with Direct.
         x0: first guess, shape of b (Direct does not need it). Not with shifts.
-        shifts: real tensor (s,); CG then needs the products of one run for all of them.
+        shifts: real tensor (s,); CG then needs the products of one run for all of them (and s·k to check), Direct one
+            eigendecomposition; MINRES runs s·k columns.
         backward: method of the backward solve; None is the forward's with the relative tolerance it aimed for.
         return_info: whether to return (x, info).
         on_failure: "warn", "raise" or "ignore" when a column misses its tolerance, also in backward.
@@ -59,8 +60,8 @@ def solve(
     Returns:
         x of b's shape; with shifts (s, n) or (s, n, k). With ``return_info`` also an :class:`~ritz.result.Info`:
         ``residual`` is the recomputed ‖b − A x‖/‖b‖ per column, (k,) or (s, k); ``details`` has the ``steps`` and
-        ``status`` of every column; ``backward`` is the report of the last backward pass. A column that failed holds
-        its last iterate, finite, with its true residual in the report.
+        ``status`` of every column; ``backward`` is the report of the last backward pass. A column that failed is
+        finite, the last iterate that did not make matters worse, with its true residual in the report.
 
     Raises:
         OperandError: for operands that do not fit together, or a method that does not fit A.
@@ -115,13 +116,13 @@ def solve(
     def fold(X: Tensor) -> Tensor:
         """Columns (n, s·k) as the user sees them."""
         if sigma is not None:
-            X = X.reshape(X.shape[0], -1, count).permute(1, 0, 2)
+            X = X.reshape(X.shape[0], sigma.numel(), count).permute(1, 0, 2)
         return X.squeeze(-1) if b.ndim == 1 else X
 
     def unfold(x: Tensor) -> Tensor:
         """The way back."""
         x = x.unsqueeze(-1) if b.ndim == 1 else x
-        return x if sigma is None else x.permute(1, 0, 2).reshape(x.shape[1], -1)
+        return x if sigma is None else x.permute(1, 0, 2).reshape(x.shape[1], sigma.numel() * count)
 
     X = out.X
     x = fold(X) if sigma is None else fold(X).contiguous()
@@ -147,8 +148,8 @@ def solve(
         Lam = adjoint.X
         if sigma is None:
             return Cotangents([Pair(-Lam)], [Lam])
-        sigma_bar = -torch.as_tensor(inner(Lam, X), device=X.device).reshape(-1, count).sum(1)
-        return Cotangents([Pair(-Lam)], [Lam.reshape(Lam.shape[0], -1, count).sum(1), sigma_bar])
+        sigma_bar = -torch.as_tensor(inner(Lam, X), device=X.device).reshape(sigma.numel(), count).sum(1)
+        return Cotangents([Pair(-Lam)], [Lam.reshape(A.shape[0], sigma.numel(), count).sum(1), sigma_bar])
 
     (x,) = run.attach([x], rule, [X], name="solve")
     return (x, info) if return_info else x
