@@ -534,6 +534,16 @@ def test_changing_a_value_that_is_also_a_block_raises():
         value.sum().backward()
 
 
+def test_a_factor_computed_inside_the_first_product_serves_every_chunk_and_every_backward():
+    """With block=True nothing is probed before, so the cached factor's graph belongs to the captured product."""
+    theta, X = randn(N).requires_grad_(), randn(N, 2 * PAIR_CHUNK + 1)
+    A = operator(close_cached(theta), block=True)
+    value = only_pairing(A, X) + only_pairing(A, 2 * X)
+    (got,) = torch.autograd.grad(value, theta)
+    plain = 5 * rows(theta.square().sin(), W @ X).square().sum()
+    torch.testing.assert_close(got, torch.autograd.grad(plain, theta)[0])
+
+
 def test_backward_twice_gives_the_same():
     theta = randn(N).requires_grad_()
     value = squared_norm(operator(close_cached(theta)), randn(N, 40))
@@ -762,10 +772,11 @@ def test_nothing_extra_is_computed_where_nothing_requires_grad():
 
 def test_nothing_extra_is_computed_under_no_grad():
     theta = randn(N).requires_grad_()
-    calls = Calls(lambda x: rows(theta, W @ x))
+    modes = []
+    calls = Calls(lambda x: (modes.append(torch.is_grad_enabled()), rows(theta, W @ x))[1])
     with torch.no_grad():
         value = squared_norm(operator(calls), randn(N).requires_grad_())
-    assert calls.widths == [1] and value.grad_fn is None
+    assert calls.widths == [1] and modes == [False] and value.grad_fn is None
 
 
 def test_the_forward_pass_spends_no_product_on_gradients_and_backward_is_chunked():
@@ -944,6 +955,25 @@ def test_adjoint_product_records_the_forward_product_once(dtype):
     assert calls.widths == [2]
 
 
+@DTYPES
+def test_a_run_over_the_gram_operator_records_once(dtype):
+    M = randn(4, N, dtype=dtype).requires_grad_()
+    calls = Calls(lambda x: M @ x)
+    A = FunctionOperator(calls, (4, N), dtype, "cpu", block=True)
+    X = randn(N, 2, dtype=dtype)
+    for G in (A.mH @ A, A.mT @ A):
+        calls.widths.clear()
+        with Run(G) as run:
+            for _ in range(5):
+                Y = run.matmat(X)
+        assert len(calls.widths) <= 5 + 3  # one each step, one to capture the adjoint's side, one or two recordings
+        (value,) = run.attach([Y.abs().square().sum()], lambda g, Y=Y: Cotangents([Pair(2 * g * Y)], []), [X], name="G")
+        (got,) = torch.autograd.grad(value, M)
+        left = M.mH if G.hermitian else M.mT
+        torch.testing.assert_close(Y, (left @ (M @ X)).detach())
+        torch.testing.assert_close(got, torch.autograd.grad((left @ (M @ X)).abs().square().sum(), M)[0])
+
+
 def test_given_adjoint_is_used():
     M = randn(4, N)
     forward, backward = Calls(lambda x: M @ x), Calls(lambda y: M.T @ y)
@@ -1030,6 +1060,18 @@ def test_the_callable_runs_under_the_users_autocast_and_own_numerics_do_not():
     expected = weight.detach().bfloat16().float() @ torch.ones(N, 2)
     torch.testing.assert_close(Y, expected, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(weight.grad, (Y @ torch.ones(2, N)), rtol=2e-2, atol=2e-2)
+
+
+def test_own_numerics_in_a_backward_pass_that_runs_inside_autocast():
+    theta = torch.randn(N, requires_grad=True)
+    inside = []
+    with Run(ritz.aslinearoperator(lambda x: rows(theta, x), shape=N)) as run:
+        Y = run.matmat(torch.ones(N, 2))
+    rule = lambda g: (inside.append(torch.is_autocast_enabled("cpu")), Cotangents([Pair(g * Y)], []))[1]
+    (value,) = run.attach([Y.sum()], rule, [torch.ones(N, 2)], name="sum")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value.backward()
+    assert inside == [False]
 
 
 def test_a_product_taken_under_no_grad_inside_autocast_does_not_cost_the_gradient():

@@ -18,6 +18,9 @@ from torch.autograd import forward_ad
 
 from .errors import NonFiniteError, OperandError, TransformError
 
+_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", None) or (
+    lambda: torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+)
 _innermost_transform = torch._C._functorch.peek_interpreter_stack
 
 Autocast = tuple[bool, torch.dtype]
@@ -86,11 +89,9 @@ def full_precision() -> Iterator[None]:
             _outer_autocast.reset(token)
 
 
-def without_autocast() -> contextlib.AbstractContextManager[None]:
-    """The cheap part of :func:`full_precision` for a single product: nothing at all where autocast is off."""
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        return full_precision()
-    return contextlib.nullcontext()
+def autocast_is_on() -> bool:
+    """Whether the caller is inside an autocast region, on whatever device."""
+    return _any_autocast()
 
 
 class _Ieee:

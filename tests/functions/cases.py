@@ -1,4 +1,4 @@
-"""Operators of every kind with their dense counterparts, and a dense differentiable f(A): the references of this folder.
+"""Operators of every kind with their dense counterparts, and a dense differentiable f(A): the references here.
 
 A kind is a function of (dtype, generator) that returns the tensors to differentiate in, the operator and the dense
 matrix as functions of them. The dense f(A) goes through torch.linalg.eigh or eig and autograd: spectra here are simple

@@ -103,17 +103,25 @@ def test_far_apart(case):
     points = [p for p in points if abs(p) < 1e150]
     for x in points:
         for y in points:
-            found = float(f.divided_difference(torch.tensor([x], dtype=torch.float64), torch.tensor([y], dtype=torch.float64)))
+            found = float(
+                f.divided_difference(torch.tensor([x], dtype=torch.float64), torch.tensor([y], dtype=torch.float64))
+            )
             true = mp_divided(reference, x, y)
             assert abs(found - true) <= 1e-11 * max(abs(true), mpmath.mpf(1e-300)), (x, y, found, true)
 
 
-@pytest.mark.parametrize(("z", "w"), [(0.3 + 1j, 0.3 + 1j), (1 + 2j, 1 + 2.0001j), (-2000j, 3j), (5 - 1j, -800 + 2j), (300 + 1j, -400 - 2j)])
+@pytest.mark.parametrize(
+    ("z", "w"), [(0.3 + 1j, 0.3 + 1j), (1 + 2j, 1 + 2.0001j), (-2000j, 3j), (5 - 1j, -800 + 2j), (300 + 1j, -400 - 2j)]
+)
 def test_complex_exponentials(z, w):
     """Complex arguments, also where sinh of half the gap would overflow."""
     a, b = (torch.tensor([x], dtype=torch.complex128) for x in (z, w))
     found = F.exp.divided_difference(a, b).item()
-    true = mpmath.exp(z) if z == w else (mpmath.exp(mpmath.mpc(z)) - mpmath.exp(mpmath.mpc(w))) / (mpmath.mpc(z) - mpmath.mpc(w))
+    true = (
+        mpmath.exp(z)
+        if z == w
+        else (mpmath.exp(mpmath.mpc(z)) - mpmath.exp(mpmath.mpc(w))) / (mpmath.mpc(z) - mpmath.mpc(w))
+    )
     assert abs(found - complex(true)) <= 1e-12 * abs(complex(true))
     torch.testing.assert_close(divided_difference(torch.exp, a, b), F.exp.divided_difference(a, b), rtol=1e-11, atol=0)
 
@@ -131,7 +139,10 @@ def test_scaled_exponentials_at_real_arguments(scale):
 
 @pytest.mark.parametrize("j", [0, 1, 2, 5, 12])
 def test_phi_values(j):
-    x = torch.tensor([-700.0, -50.0, -13.01, -6.0, -1.0, -1e-8, 0.0, 1e-8, 0.999, 1.001, 2.0, 12.99, 13.01, 40.0, 500.0], dtype=torch.float64)
+    x = torch.tensor(
+        [-700.0, -50.0, -13.01, -6.0, -1.0, -1e-8, 0.0, 1e-8, 0.999, 1.001, 2.0, 12.99, 13.01, 40.0, 500.0],
+        dtype=torch.float64,
+    )
     for z, found in zip(x.tolist(), F.phi(j)(x).tolist(), strict=True):
         with mpmath.workdps(80):
             true = mp_phi(j, mpmath.mpf(z)) if abs(z) > 20 else mp_phi_sum(j, z)
@@ -154,7 +165,9 @@ def test_a_jump_between_two_eigenvalues():
     x = torch.tensor([-1.0, -0.9, 0.8, 1.0], dtype=torch.float64)
     for step in (lambda x: (x > 0).double(), lambda x: x > 0):
         found = as_function(step).divided_difference(x.unsqueeze(1), x.unsqueeze(0))
-        expected = torch.tensor([[0, 0, 1 / 1.8, 0.5], [0, 0, 1 / 1.7, 1 / 1.9], [1 / 1.8, 1 / 1.7, 0, 0], [0.5, 1 / 1.9, 0, 0]])
+        expected = torch.tensor(
+            [[0, 0, 1 / 1.8, 0.5], [0, 0, 1 / 1.7, 1 / 1.9], [1 / 1.8, 1 / 1.7, 0, 0], [0.5, 1 / 1.9, 0, 0]]
+        )
         torch.testing.assert_close(found, expected.double(), atol=1e-7, rtol=1e-7)
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong: domains, false declarations, operands that do not fit; each message names what came and what to do."""
+"""What goes wrong: domains, false declarations, operands that do not fit; messages say what came and what to do."""
 
 import warnings
 
@@ -35,7 +35,13 @@ def v(g):
     return randn(g, N)
 
 
-POSITIVE_ONLY = {"log": F.log, "sqrt": F.sqrt, "rsqrt": F.rsqrt, "power(0.5)": F.power(0.5), "power(-1.5)": F.power(-1.5)}
+POSITIVE_ONLY = {
+    "log": F.log,
+    "sqrt": F.sqrt,
+    "rsqrt": F.rsqrt,
+    "power(0.5)": F.power(0.5),
+    "power(-1.5)": F.power(-1.5),
+}
 OUTPUTS = {
     "multiply": lambda f, A, v, **o: ritz.funm_multiply(f, A, v, **o),
     "form": lambda f, A, v, **o: ritz.quadratic_form(f, A, v, **o),
@@ -50,7 +56,9 @@ OUTPUTS = {
 def test_domain_of_an_indefinite_operator(name, output, A, v):
     """The smallest Ritz value is named, with a shift that would mend it; and the run ends at the first look."""
     counting = ritz.Counting(A.shift(-3.0))
-    with pytest.raises(DomainError, match=rf"{name.split('(')[0]}.*Ritz value -2\.\d+.*expected all eigenvalues > 0.*A\.shift\(sigma\)"):
+    with pytest.raises(
+        DomainError, match=rf"{name.split('(')[0]}.*Ritz value -2\.\d+.*expected all eigenvalues > 0.*A\.shift\(sigma\)"
+    ):
         OUTPUTS[output](POSITIVE_ONLY[name], counting, v)
     assert counting.num_matvecs <= 12 * 10
     for gradient in (ritz.Adjoint(), ritz.Unrolled()):
@@ -114,28 +122,92 @@ def test_false_declaration_of_positive_definiteness(output, A, v):
 SMALL = torch.eye(3, dtype=torch.float64)
 ONES = torch.ones(3, dtype=torch.float64)
 WRONG = {
-    "rows": (lambda: ritz.funm_multiply(F.exp, SMALL, torch.ones(4, dtype=torch.float64)), OperandError, r"B has shape \(4,\); expected \(3,\)"),
-    "three dimensions": (lambda: ritz.quadratic_form(F.exp, SMALL, torch.ones(1, 3, 1)), OperandError, r"v has shape \(1, 3, 1\)"),
+    "rows": (
+        lambda: ritz.funm_multiply(F.exp, SMALL, torch.ones(4, dtype=torch.float64)),
+        OperandError,
+        r"B has shape \(4,\); expected \(3,\)",
+    ),
+    "three dimensions": (
+        lambda: ritz.quadratic_form(F.exp, SMALL, torch.ones(1, 3, 1)),
+        OperandError,
+        r"v has shape \(1, 3, 1\)",
+    ),
     "a number": (lambda: ritz.quadratic_form(F.exp, SMALL, torch.tensor(1.0)), OperandError, r"v has shape \(\)"),
-    "NumPy": (lambda: ritz.funm_multiply(F.exp, SMALL, np.ones(3)), OperandError, "B is a ndarray; expected a torch.Tensor"),
-    "list": (lambda: ritz.quadratic_form(F.exp, SMALL, [1.0, 2.0, 3.0]), OperandError, "v is a list; expected a torch.Tensor"),
+    "NumPy": (
+        lambda: ritz.funm_multiply(F.exp, SMALL, np.ones(3)),
+        OperandError,
+        "B is a ndarray; expected a torch.Tensor",
+    ),
+    "list": (
+        lambda: ritz.quadratic_form(F.exp, SMALL, [1.0, 2.0, 3.0]),
+        OperandError,
+        "v is a list; expected a torch.Tensor",
+    ),
     "second list": (lambda: ritz.bilinear_form(F.exp, SMALL, ONES, [1.0] * 3), OperandError, "v is a list"),
-    "integers": (lambda: ritz.quadratic_form(F.exp, SMALL, torch.arange(3)), OperandError, r"v is torch.int64.*operator is torch.float64.*\.to\("),
-    "integer operator": (lambda: ritz.quadratic_form(F.exp, torch.ones(3, 3, dtype=torch.long), ONES), OperandError, r"int64; expected a floating.*x\.double"),
-    "precision": (lambda: ritz.funm_multiply(F.exp, SMALL.float(), ONES), OperandError, "B is torch.float64.*operator is torch.float32"),
+    "integers": (
+        lambda: ritz.quadratic_form(F.exp, SMALL, torch.arange(3)),
+        OperandError,
+        r"v is torch.int64.*operator is torch.float64.*\.to\(",
+    ),
+    "integer operator": (
+        lambda: ritz.quadratic_form(F.exp, torch.ones(3, 3, dtype=torch.long), ONES),
+        OperandError,
+        r"int64; expected a floating.*x\.double",
+    ),
+    "precision": (
+        lambda: ritz.funm_multiply(F.exp, SMALL.float(), ONES),
+        OperandError,
+        "B is torch.float64.*operator is torch.float32",
+    ),
     "complex vector": (lambda: ritz.quadratic_form(F.exp, SMALL, ONES + 0j), OperandError, "v is torch.complex128"),
-    "widths": (lambda: ritz.bilinear_form(F.exp, SMALL, ONES, ONES[:, None]), OperandError, r"u has shape \(3,\) and v \(3, 1\)"),
-    "rectangular": (lambda: ritz.funm_multiply(F.exp, torch.ones(3, 4), torch.ones(3)), OperandError, r"square.*\(3, 4\)"),
+    "widths": (
+        lambda: ritz.bilinear_form(F.exp, SMALL, ONES, ONES[:, None]),
+        OperandError,
+        r"u has shape \(3,\) and v \(3, 1\)",
+    ),
+    "rectangular": (
+        lambda: ritz.funm_multiply(F.exp, torch.ones(3, 4), torch.ones(3)),
+        OperandError,
+        r"square.*\(3, 4\)",
+    ),
     "rectangular trace": (lambda: ritz.logdet(torch.ones(3, 4)), OperandError, r"square operator.*\(3, 4\)"),
     "NaN": (lambda: ritz.funm_multiply(F.exp, SMALL, ONES * float("nan")), NonFiniteError, "B has 3 NaN or Inf"),
     "Inf in u": (lambda: ritz.bilinear_form(F.exp, SMALL, ONES / 0, ONES), NonFiniteError, "u has 3 NaN"),
-    "callable without shape": (lambda: ritz.quadratic_form(F.exp, lambda x: x, ONES), OperandError, "without a shape; pass shape="),
-    "method text": (lambda: ritz.quadratic_form(F.exp, SMALL, ONES, method="lanczos"), OperandError, r"method='lanczos'; expected Lanczos\(k\)"),
-    "method class": (lambda: ritz.quadratic_form(F.exp, SMALL, ONES, method=ritz.Lanczos), OperandError, "method=<class.*expected Lanczos"),
-    "gradient text": (lambda: ritz.quadratic_form(F.exp, SMALL, ONES, gradient="adjoint"), OperandError, r"gradient='adjoint'; expected Frechet\(\)"),
-    "gradient class": (lambda: ritz.funm_multiply(F.exp, SMALL, ONES, gradient=ritz.Unrolled), OperandError, "gradient=<class"),
-    "mixed spaces": (lambda: ritz.funm_multiply(F.exp, SMALL, ONES, gradient=ritz.Frechet(method=ritz.Arnoldi(3))), OperandError, "of one kind"),
-    "Lanczos, not Hermitian": (lambda: ritz.funm_multiply(F.exp, torch.ones(3, 3).triu(), torch.ones(3), method=ritz.Lanczos(2)), OperandError, r"not Hermitian; use Arnoldi\(\)"),
+    "callable without shape": (
+        lambda: ritz.quadratic_form(F.exp, lambda x: x, ONES),
+        OperandError,
+        "without a shape; pass shape=",
+    ),
+    "method text": (
+        lambda: ritz.quadratic_form(F.exp, SMALL, ONES, method="lanczos"),
+        OperandError,
+        r"method='lanczos'; expected Lanczos\(k\)",
+    ),
+    "method class": (
+        lambda: ritz.quadratic_form(F.exp, SMALL, ONES, method=ritz.Lanczos),
+        OperandError,
+        "method=<class.*expected Lanczos",
+    ),
+    "gradient text": (
+        lambda: ritz.quadratic_form(F.exp, SMALL, ONES, gradient="adjoint"),
+        OperandError,
+        r"gradient='adjoint'; expected Frechet\(\)",
+    ),
+    "gradient class": (
+        lambda: ritz.funm_multiply(F.exp, SMALL, ONES, gradient=ritz.Unrolled),
+        OperandError,
+        "gradient=<class",
+    ),
+    "mixed spaces": (
+        lambda: ritz.funm_multiply(F.exp, SMALL, ONES, gradient=ritz.Frechet(method=ritz.Arnoldi(3))),
+        OperandError,
+        "of one kind",
+    ),
+    "Lanczos, not Hermitian": (
+        lambda: ritz.funm_multiply(F.exp, torch.ones(3, 3).triu(), torch.ones(3), method=ritz.Lanczos(2)),
+        OperandError,
+        r"not Hermitian; use Arnoldi\(\)",
+    ),
     "estimator": (lambda: ritz.logdet(SMALL, estimator=5), OperandError, r"estimator=5; expected Hutchinson"),
     "estimator of a diagonal": (lambda: ritz.diagonal(SMALL, F.exp, estimator=5), OperandError, "estimator=5"),
     "half a probe": (lambda: ritz.Hutchinson(2.5), OperandError, "m=2.5"),
@@ -145,16 +217,36 @@ WRONG = {
     "matrix of shifts": (lambda: ritz.logdet(SMALL, shifts=torch.ones(2, 2)), OperandError, r"shape \(2, 2\)"),
     "complex shifts": (lambda: ritz.logdet(SMALL, shifts=torch.ones(2) * 1j), OperandError, "expected real numbers"),
     "NaN shift": (lambda: ritz.logdet(SMALL, shifts=torch.tensor([float("nan")])), NonFiniteError, "shifts has 1 NaN"),
-    "shifts of a general operator": (lambda: ritz.logdet(SMALL + SMALL.roll(1, 0), shifts=torch.ones(1)), OperandError, "shifts= needs"),
+    "shifts of a general operator": (
+        lambda: ritz.logdet(SMALL + SMALL.roll(1, 0), shifts=torch.ones(1)),
+        OperandError,
+        "shifts= needs",
+    ),
     "shifts without f": (lambda: ritz.trace(SMALL, shifts=torch.ones(1)), OperandError, "needs a function f"),
     "time": (lambda: ritz.expm_multiply(SMALL, ONES, "1"), OperandError, "t is '1'; expected a number"),
-    "matrix of times": (lambda: ritz.expm_multiply(SMALL, ONES, torch.ones(2, 2)), OperandError, r"t has shape \(2, 2\)"),
+    "matrix of times": (
+        lambda: ritz.expm_multiply(SMALL, ONES, torch.ones(2, 2)),
+        OperandError,
+        r"t has shape \(2, 2\)",
+    ),
     "NaN time": (lambda: ritz.expm_multiply(SMALL, ONES, float("nan")), NonFiniteError, "t has 1 NaN"),
-    "constant f": (lambda: ritz.quadratic_form(lambda x: 1.0, SMALL, ONES), DomainError, r"returned a float.*torch.ones_like"),
-    "reducing f": (lambda: ritz.funm_multiply(lambda x: x.sum(), SMALL, ONES), DomainError, r"shape \(\) for eigenvalues.*by itself"),
+    "constant f": (
+        lambda: ritz.quadratic_form(lambda x: 1.0, SMALL, ONES),
+        DomainError,
+        r"returned a float.*torch.ones_like",
+    ),
+    "reducing f": (
+        lambda: ritz.funm_multiply(lambda x: x.sum(), SMALL, ONES),
+        DomainError,
+        r"shape \(\) for eigenvalues.*by itself",
+    ),
     "f by name": (lambda: ritz.trace(SMALL, "log"), DomainError, "f is 'log'; expected a function"),
-    "on_failure": (lambda: ritz.quadratic_form(F.exp, SMALL, ONES, on_failure="print"), OperandError, "on_failure='print'"),
-}  # fmt: skip
+    "on_failure": (
+        lambda: ritz.quadratic_form(F.exp, SMALL, ONES, on_failure="print"),
+        OperandError,
+        "on_failure='print'",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -166,7 +258,7 @@ def test_misuse(case):
 
 
 def test_what_users_pass_is_taken(g, A):
-    """Plain tensors as operators, non-contiguous and expanded vectors, numbers and lists of times, module parameters."""
+    """Plain tensors as operators, non-contiguous and expanded vectors, times as numbers or lists, modules."""
     M, v = A.to_dense(), randn(g, N)
     expected = torch.linalg.matrix_exp(-0.1 * M)
     torch.testing.assert_close(ritz.expm_multiply(M, v, -0.1), expected @ v, rtol=1e-10, atol=1e-12)  # 0.1 in doubles

@@ -1,13 +1,9 @@
-"""Every rule × operator kind × function × dtype: values, gradients in tensors and in vectors, against dense autograd."""
+"""Every rule × operator kind × function × dtype: values, gradients in tensors and vectors, against dense autograd."""
 
 from functools import partial
 
 import pytest
 import torch
-
-import ritz
-from ritz import functions as F
-from ritz.functions.scalar import Exp
 from tests.functions.cases import (
     DTYPES,
     FUNCTIONS,
@@ -25,6 +21,10 @@ from tests.functions.cases import (
     real_inner,
     relative,
 )
+
+import ritz
+from ritz import functions as F
+from ritz.functions.scalar import Exp
 
 RULES = (ritz.Frechet(), ritz.Adjoint(), ritz.Unrolled())
 name = lambda x: getattr(x, "__name__", None) or str(x).removeprefix("torch.").removesuffix("()")
@@ -73,8 +73,18 @@ def test_multiply_and_forms(kind, function, dtype, g):
     real = (lambda x: x.real) if herm else (lambda x: x)
     for vectors, cotangent, ours, reference in (
         ([B], G, partial(ritz.funm_multiply, f, **options), lambda A, B: dense_funm(dense, A, herm) @ B),
-        ([u, v], one, partial(ritz.bilinear_form, f, **options), lambda A, u, v: u.conj() @ dense_funm(dense, A, herm) @ v),
-        ([v], real(one), partial(ritz.quadratic_form, f, **options), lambda A, v: real(v.conj() @ dense_funm(dense, A, herm) @ v)),
+        (
+            [u, v],
+            one,
+            partial(ritz.bilinear_form, f, **options),
+            lambda A, u, v: u.conj() @ dense_funm(dense, A, herm) @ v,
+        ),
+        (
+            [v],
+            real(one),
+            partial(ritz.quadratic_form, f, **options),
+            lambda A, v: real(v.conj() @ dense_funm(dense, A, herm) @ v),
+        ),
     ):
         g.set_state(state)
         compare(kind, dtype, g, vectors, cotangent, ours, reference, tol, rules)
@@ -143,7 +153,11 @@ TIMES = {
 @pytest.mark.parametrize("kind", [HERMITIAN[0], HERMITIAN[2], GENERAL[0]], ids=name)
 def test_expm(kind, dtype, times, g):
     t, with_time = TIMES[times]
-    T = t if isinstance(t, torch.Tensor) else torch.tensor(t, dtype=torch.complex128 if isinstance(t, complex) else torch.float64)
+    T = (
+        t
+        if isinstance(t, torch.Tensor)
+        else torch.tensor(t, dtype=torch.complex128 if isinstance(t, complex) else torch.float64)
+    )
     for shape in ((N,), (N, 2)):
         B = randn(g, *shape, dtype=dtype)
         out = dtype.to_complex() if T.is_complex() else dtype
@@ -204,7 +218,11 @@ def test_exact_traces(kind, dtype, g):
     options = {"estimator": probes, "method": method_for(kind)}
     dense = lambda A: dense_funm(torch.exp, A, herm)
     real = lambda x: x.real if herm and x.is_complex() else x
-    c = torch.tensor(1.5 - 0.5j, dtype=dtype) if dtype.is_complex and not herm else torch.tensor(1.5, dtype=dtype.to_real())
+    c = (
+        torch.tensor(1.5 - 0.5j, dtype=dtype)
+        if dtype.is_complex and not herm
+        else torch.tensor(1.5, dtype=dtype.to_real())
+    )
     w = randn(g, N, dtype=dtype)
     rules = RULES if kind in (HERMITIAN[2], GENERAL[0]) and dtype != torch.complex128 else RULES[:2]
     for cotangent, ours, reference in (
@@ -225,7 +243,9 @@ def test_logdet_curve(rule, g):
     A = (M @ M.mT / N).requires_grad_()
     sigma = torch.tensor([0.1, 1.0, 10.0], dtype=torch.float64, requires_grad=True)
     weights = randn(g, 3)
-    curve = ritz.logdet(ritz.aslinearoperator(A), shifts=sigma, estimator=ritz.Hutchinson(N), method=ritz.Lanczos(N), gradient=rule)
+    curve = ritz.logdet(
+        ritz.aslinearoperator(A), shifts=sigma, estimator=ritz.Hutchinson(N), method=ritz.Lanczos(N), gradient=rule
+    )
     grads = torch.autograd.grad(curve @ weights, (A, sigma))
     eye = torch.eye(N, dtype=torch.float64)
     expected = torch.stack([torch.logdet(A + s * eye) for s in sigma])

@@ -17,7 +17,7 @@ def g():
 
 
 def randn(g, *shape, dtype=torch.float64):
-    return torch.randn(*shape, dtype=dtype, generator=g)
+    return torch.randn(shape, dtype=dtype, generator=g)
 
 
 def hermitian(M):
@@ -145,16 +145,25 @@ def test_second_derivatives_are_refused(name, g):
 
 SQUARE, ONES = torch.eye(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
 WRONG = {
-    "not Hermitian": (lambda: ritz.krylov.lanczos(torch.ones(3, 3).triu(), torch.ones(3), 2), "needs a Hermitian operator; use arnoldi"),
+    "not Hermitian": (
+        lambda: ritz.krylov.lanczos(torch.ones(3, 3).triu(), torch.ones(3), 2),
+        "needs a Hermitian operator; use arnoldi",
+    ),
     "rectangular Lanczos": (lambda: ritz.krylov.lanczos(torch.ones(3, 4), torch.ones(4), 2), "square"),
-    "rectangular Arnoldi": (lambda: ritz.krylov.arnoldi(torch.ones(3, 4), torch.ones(4), 2), r"square operator.*\(3, 4\)"),
-    "wrong side": (lambda: ritz.krylov.golub_kahan(torch.ones(3, 4), torch.ones(3), 2), r"v has shape \(3,\); expected \(4,\)"),
+    "rectangular Arnoldi": (
+        lambda: ritz.krylov.arnoldi(torch.ones(3, 4), torch.ones(4), 2),
+        r"square operator.*\(3, 4\)",
+    ),
+    "wrong side": (
+        lambda: ritz.krylov.golub_kahan(torch.ones(3, 4), torch.ones(3), 2),
+        r"v has shape \(3,\); expected \(4,\)",
+    ),
     "no steps": (lambda: ritz.krylov.lanczos(SQUARE, ONES, 0), "k=0.*whole number >= 1"),
     "half a step": (lambda: ritz.krylov.arnoldi(SQUARE, ONES, 2.5), "k=2.5"),
     "a truth as a number": (lambda: ritz.krylov.arnoldi(SQUARE, ONES, True), "k=True"),
     "list": (lambda: ritz.krylov.lanczos(SQUARE, [1.0, 1.0, 1.0], 2), "v is a list"),
     "precision": (lambda: ritz.krylov.lanczos(SQUARE, ONES.float(), 2), "v is torch.float32"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG)

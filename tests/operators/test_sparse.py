@@ -152,3 +152,19 @@ def test_float16_and_bfloat16_pair():
     A = Sparse(crow, col, values, (5, 5), hermitian=False)
     (grad,) = A.pair(torch.ones(5, 2, dtype=torch.bfloat16), torch.ones(5, 2, dtype=torch.bfloat16))
     torch.testing.assert_close(grad, torch.full_like(grad, 2.0))
+
+
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+def test_a_trainable_leaf_serves_many_backward_passes_through_one_operator(layout):
+    S = ritz.testing.problem("laplacian_1d", n=12).matrix.detach()
+    S = (S.to_sparse_coo().coalesce() if layout == "coo" else S.clone()).requires_grad_()
+    A = ritz.aslinearoperator(S, hermitian=True, psd=True)
+    v = torch.linspace(1, 2, 12, dtype=torch.float64)
+    gradients = []
+    for _ in range(3):
+        S.grad = None
+        ritz.quadratic_form(ritz.functions.log, A, v, method=ritz.Lanczos(12)).backward()
+        gradients.append(S.grad.to_dense())
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+    torch.testing.assert_close(gradients[2], gradients[0], rtol=0, atol=0)
+    assert gradients[0].norm() > 1

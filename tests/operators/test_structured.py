@@ -8,7 +8,17 @@ from torch import Tensor
 
 import ritz
 from ritz.errors import NonFiniteError, OperandError
-from ritz.operators import BlockDiagonal, Counting, Dense, Diagonal, Kronecker, LowRank, Toeplitz, low_rank_update
+from ritz.operators import (
+    BlockDiagonal,
+    Conjugate,
+    Counting,
+    Dense,
+    Diagonal,
+    Kronecker,
+    LowRank,
+    Toeplitz,
+    low_rank_update,
+)
 from ritz.pairing import Cotangents, Pair, Run
 from ritz.testing import check_operator
 
@@ -194,14 +204,14 @@ def test_products_of_the_factors_are_what_the_docstring_says():
 
 
 def test_an_adjoint_of_callables_is_recorded_once():
-    W, calls = torch.randn(3, 3, dtype=REAL), []
+    W, calls = torch.randn(3, 3, dtype=COMPLEX), []
     fn = lambda x: (calls.append(x.shape), W @ x)[1]
-    A = ritz.aslinearoperator(fn, shape=3, dtype=REAL, block=True)
-    for B in (Kronecker(A, torch.eye(2, dtype=REAL)), BlockDiagonal([A]), A + A.mT.mT, 2 * A, A.mT.mH, Counting(A)):
+    A = ritz.aslinearoperator(fn, shape=3, dtype=COMPLEX, block=True)
+    for B in (Kronecker(A, torch.eye(2, dtype=COMPLEX)), BlockDiagonal([A]), A + A, 2j * A, Conjugate(A), Counting(A)):
         adjoint = B.adjoint_product(2)
         calls.clear()
         for _ in range(3):
-            adjoint(torch.ones(B.shape[0], 2, dtype=REAL))
+            adjoint(torch.ones(B.shape[0], 2, dtype=COMPLEX))
         assert calls == []
 
 

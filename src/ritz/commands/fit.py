@@ -102,7 +102,8 @@ def _fit(problem: Problem, options: FitOptions, console: Console) -> Fitted:
     X, X_test = (spec.tensor(scaling.inputs(problem.X[rows])) for rows in (problem.train, problem.test))
     y, y_test = spec.tensor(scaling.targets(problem.y[problem.train])), problem.y[problem.test]
     gp = model.build(spec, X.shape[1])
-    clock = model.Clock(recipe.budget)
+    reserve = 0.0 if recipe.budget is None else model.prediction_seconds(n, len(y_test))
+    clock = model.Clock(recipe.budget, reserve)
     results = {"constant": scores.score(y_test, np.array(scaling.y_mean), scaling.y_scale)}
     phases = []
 

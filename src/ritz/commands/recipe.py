@@ -19,8 +19,8 @@ class Recipe:
         subset_steps: its step limit.
         steps: step limit of the second phase (all points, Adam); 0 leaves it out.
         lr: its step size.
-        probes, depth: of the stochastic log-determinant in the second phase.
-        budget: seconds for both phases together; None is no limit.
+        probes, depth: of the stochastic log-determinant in the second phase; depth None adapts.
+        budget: seconds for everything, scoring included; None is no limit.
     """
 
     kernel: str = "matern32"
@@ -31,5 +31,5 @@ class Recipe:
     steps: int = 30
     lr: float = 0.05
     probes: int = 10
-    depth: int = 30
+    depth: int | None = None
     budget: float | None = None

@@ -51,6 +51,7 @@ def forms_by_adjoint(run: Run, space: HermitianSpace, terms: Sequence[Term], met
             value = value + g * _masked_sum(f(short.ritz), short.first.square())
         real = state.alpha.dtype
         norm = state.norm.double()
+        norm_bar = torch.where(norm > 0, 2 * value / torch.where(norm > 0, norm, 1.0), torch.zeros_like(norm))
         before = run.num_matvecs
         Lam, V_bar = adjoint_lanczos(
             run.adjoint(m),
@@ -59,7 +60,7 @@ def forms_by_adjoint(run: Run, space: HermitianSpace, terms: Sequence[Term], met
             alpha_bar=X.diagonal(dim1=1, dim2=2).to(real),
             beta_bar=(2 * X.diagonal(1, dim1=1, dim2=2)).to(real),
             residual_bar=None,
-            norm_bar=torch.where(norm > 0, 2 * value / torch.where(norm > 0, norm, 1.0), torch.zeros_like(norm)).to(real),
+            norm_bar=norm_bar.to(real),
             reorthogonalize=method.reorthogonalize,
         )
         info.backward = Info(method, run.num_matvecs - before, int(state.depth.max()), status=Status.FIXED)
@@ -80,7 +81,8 @@ def _truncate(space: HermitianSpace, terms: Sequence[Term]) -> LanczosState:
     k = state.Q.shape[1]
     needed = torch.ones_like(state.depth)
     size = (state.alpha.abs() + state.beta).amax(1, keepdim=True)
-    noise = torch.finfo(state.alpha.dtype).eps * (size / state.beta).clamp(min=1)  # of a step past β_j; inf at breakdown
+    # Rounding of a step past β_j, magnified; infinite at breakdown.
+    noise = torch.finfo(state.alpha.dtype).eps * (size / state.beta).clamp(min=1)
     for term in terms:
         for f in _shifted(term):
             c = space.small(f)
@@ -112,8 +114,8 @@ def multiply_by_adjoint(
     ended = (torch.linalg.vector_norm(space.state.residual, dim=1) == 0) & (space.state.depth < n)
     if bool(ended.any()):
         raise BreakdownError(
-            f"the Krylov space is exhausted at depth {int(space.state.depth[ended].min())} of {k} (n = {n}): the derivative of f(A)v "
-            "cannot be had from these steps by gradient=Adjoint(); use gradient=ritz.Frechet()"
+            f"the Krylov space is exhausted at depth {int(space.state.depth[ended].min())} of {k} (n = {n}): the "
+            "derivative of f(A)v cannot be had from these steps by gradient=Adjoint(); use gradient=ritz.Frechet()"
         )
     basis, m, norm = space.basis, space.basis.shape[0], space.state.norm
     coefficients = [space.small(f) for f in functions]

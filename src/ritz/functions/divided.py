@@ -14,12 +14,20 @@ import torch
 from torch import Tensor
 
 from ..errors import DomainError
+from ..numerics import in_transform
 
 Function = Callable[[Tensor], Tensor]
 
 
 def derivative(f: Function, x: Tensor) -> Tensor:
     """f'(x) elementwise by autograd; complex x is differentiated as for a holomorphic f."""
+    if in_transform():  # requires_grad_ is refused there
+        with torch.enable_grad():
+            y = f(x)
+            if y.is_complex() and not x.is_complex():
+                parts = [torch.func.grad(lambda z, p=p: getattr(f(z), p).sum())(x) for p in ("real", "imag")]
+                return torch.complex(*parts)
+            return torch.func.grad(lambda z: f(z).real.sum())(x).conj().resolve_conj()
     with torch.enable_grad():
         point = x.detach().clone().requires_grad_()
         try:
@@ -44,7 +52,7 @@ _NOT_DIFFERENTIABLE = (
 
 
 def _piecewise_constant(f: Function, x: Tensor, y: Tensor) -> bool:
-    """Whether f does not change near most of the points: a constant or a step, and not something hidden from autograd."""
+    """Whether f does not change near most of the points: a constant or a step, nothing hidden from autograd."""
     if not x.numel():
         return True
     h = 1e-6 * (x.abs() + x.abs().amax() + torch.finfo(x.dtype).tiny)

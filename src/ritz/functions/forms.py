@@ -215,7 +215,9 @@ def _values(term: Term, ritz: Tensor, weights: Tensor) -> Tensor:
     return rows[0] if term.shifts is None else torch.stack(rows)
 
 
-def term_cotangents(terms: Sequence[Term], cotangents: Sequence[Tensor | None], m: int) -> list[tuple[ScalarFunction, Tensor]]:
+def term_cotangents(
+    terms: Sequence[Term], cotangents: Sequence[Tensor | None], m: int
+) -> list[tuple[ScalarFunction, Tensor]]:
     """(f, g) pairs with g spread over all m columns, for the cotangents of the terms' values."""
     out = []
     for term, bar in zip(terms, cotangents, strict=True):

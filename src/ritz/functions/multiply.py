@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import OperandError
+from ..krylov.arnoldi import ArnoldiState
+from ..krylov.lanczos import LanczosState
 from ..methods import Adjoint, Arnoldi, Auto, Frechet, GradientRule, KrylovMethod, Lanczos, Unrolled
 from ..numerics import as_block, check_finite
 from ..operators.base import LinearOperator
@@ -19,7 +22,19 @@ from ..result import Info, OnFailure, report
 from . import frechet
 from .adjoint import multiply_by_adjoint
 from .scalar import Exp, Part, ScalarFunction, Times, as_function
-from .space import HermitianSpace, Space, as_hermitian, build, check_psd, check_rule, choose, combine, info_of, smallest
+from .space import (
+    GeneralSpace,
+    HermitianSpace,
+    Space,
+    as_hermitian,
+    build,
+    check_psd,
+    check_rule,
+    choose,
+    combine,
+    info_of,
+    smallest,
+)
 from .unrolled import unrolled_multiply
 
 
@@ -218,14 +233,10 @@ def _conjugate_small(space: Space, f: ScalarFunction) -> Tensor:
 
 def _select(space: Space, rows: slice) -> Space:
     """The sub-batch of a space."""
-    state = space.state
+    fields = {f.name: getattr(space.state, f.name)[rows] for f in dataclasses.fields(space.state)}
     if isinstance(space, HermitianSpace):
-        part: Any = type(state)(
-            state.Q[rows], state.alpha[rows], state.beta[rows], state.residual[rows], state.norm[rows], state.depth[rows]
-        )
-        return HermitianSpace(part, space.ritz[rows], space.vectors[rows])
-    part = type(state)(state.Q[rows], state.H[rows], state.residual[rows], state.norm[rows], state.depth[rows])
-    return type(space)(part, space.H[rows])
+        return HermitianSpace(LanczosState(**fields), space.ritz[rows], space.vectors[rows])
+    return GeneralSpace(ArnoldiState(**fields), space.H[rows])
 
 
 def _time_gradients(

@@ -60,8 +60,8 @@ def _positive(ritz: Tensor, name: str) -> None:
     smallest = float(ritz.min()) if ritz.numel() else 1.0
     if not smallest > 0:
         raise DomainError(
-            f"{name} was asked of an operator with Ritz value {smallest:.6g}; expected all eigenvalues > 0: add a "
-            f"shift (A.shift(sigma) with sigma > {max(-smallest, 0.0):.3g}), or check that the operator is positive definite"
+            f"{name} was asked of an operator with Ritz value {smallest:.6g}; expected all eigenvalues > 0: add "
+            f"a shift (A.shift(sigma) with sigma > {max(-smallest, 0.0):.3g}), or check that it is positive definite"
         )
 
 
@@ -77,7 +77,7 @@ class Exp(ScalarFunction):
     def divided_difference(self, a: Tensor, b: Tensor) -> Tensor:
         a, b = self.scale * a, self.scale * b
         if a.is_complex() or b.is_complex():
-            # e^m · sinh(h)/h with the midpoint m and half the gap h; the quotient where the moduli differ (sinh overflows)
+            # e^m · sinh(h)/h with midpoint m and half the gap h; the quotient where the moduli differ (sinh overflows)
             half = 0.5 * (a - b)
             small, far = half.abs() < 1e-2, half.real.abs() > 1
             h = torch.where(small | far, torch.ones_like(half), half)
@@ -183,7 +183,8 @@ class Power(ScalarFunction):
     def divided_difference(self, a: Tensor, b: Tensor) -> Tensor:
         if self._whole:
             q = abs(int(self.p))
-            x, y = (a, b) if self.p >= 0 else (1 / a, 1 / b)  # x^q − y^q = (x − y) Σ x^i y^(q−1−i), and x − y = −xy(a − b)
+            # x^q − y^q = (x − y) Σ x^i y^(q−1−i), and x − y = −xy(a − b) for the reciprocals
+            x, y = (a, b) if self.p >= 0 else (1 / a, 1 / b)
             total = torch.zeros_like(x * y)
             for i in range(q):
                 total = total + x**i * y ** (q - 1 - i)
@@ -242,7 +243,7 @@ class Phi(ScalarFunction):
 
 @dataclass(frozen=True)
 class Custom(ScalarFunction):
-    """Any callable on a tensor of eigenvalues; derivatives by autograd, divided differences by the stable generic rule."""
+    """Any callable on a tensor of eigenvalues; derivatives by autograd, divided differences by the generic rule."""
 
     fn: Callable[[Tensor], Tensor]
 
@@ -370,4 +371,16 @@ _BUILTIN: tuple[tuple[Any, ScalarFunction], ...] = (
     (torch.reciprocal, inverse),
 )
 
-__all__ = ["Custom", "ScalarFunction", "as_function", "derivative", "exp", "inverse", "log", "phi", "power", "rsqrt", "sqrt"]
+__all__ = [
+    "Custom",
+    "ScalarFunction",
+    "as_function",
+    "derivative",
+    "exp",
+    "inverse",
+    "log",
+    "phi",
+    "power",
+    "rsqrt",
+    "sqrt",
+]

@@ -54,9 +54,10 @@ class HermitianSpace:
             bad = ~torch.isfinite(f(ritz).abs())
             if bool(bad.any()):
                 worst = ritz[bad].abs().argmax()
+                value, at = f(ritz)[bad][worst].item(), float(ritz[bad][worst])
                 raise DomainError(
-                    f"f is {f(ritz)[bad][worst].item()} at the Ritz value {float(ritz[bad][worst]):.6g} of the operator; "
-                    "expected a finite value: scale the operator (or t) down, or shift it into the domain of f"
+                    f"f is {value} at the Ritz value {at:.6g} of the operator; expected a finite value: scale the "
+                    "operator (or t) down, or shift it into the domain of f"
                 )
 
 
@@ -125,8 +126,8 @@ def choose(A: LinearOperator, method: KrylovMethod) -> Lanczos | Arnoldi:
         return Lanczos() if A.hermitian else Arnoldi()
     if isinstance(method, Lanczos) and A.hermitian is False:
         raise OperandError(
-            "Lanczos came with an operator that is not Hermitian; use Arnoldi(), or Auto(), or A.declare(hermitian=True) "
-            "if it is Hermitian up to rounding"
+            "Lanczos came with an operator that is not Hermitian; use Arnoldi(), or Auto(), or "
+            "A.declare(hermitian=True) if it is Hermitian up to rounding"
         )
     if not isinstance(method, (Lanczos, Arnoldi)):
         raise OperandError(f"method={method!r}; expected Lanczos(k), Arnoldi(k) or Auto()")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..methods import Arnoldi, Lanczos
+from ..numerics import full_precision
 from ..operators.base import LinearOperator
 from ..result import Info, Status
 from .scalar import Exp, ScalarFunction
@@ -47,7 +48,13 @@ def unrolled_factorization(A: LinearOperator, v: Tensor, method: Lanczos | Arnol
         beta = torch.linalg.vector_norm(w)
         size = max(size, float(torch.linalg.vector_norm(h.detach())) + float(beta.detach()))
         last = j + 1 == depth or float(beta.detach()) <= 10 * torch.finfo(v.dtype).eps * size
-        columns.append(torch.cat([h, h.new_zeros(depth - j - 1)] if last else [h, beta.to(h.dtype).reshape(1), h.new_zeros(depth - j - 2)]))
+        columns.append(
+            torch.cat(
+                [h, h.new_zeros(depth - j - 1)]
+                if last
+                else [h, beta.to(h.dtype).reshape(1), h.new_zeros(depth - j - 2)]
+            )
+        )
         if last:
             break
         basis.append(w / beta)
@@ -78,6 +85,7 @@ def _narrow(c: Tensor, V: Tensor) -> Tensor:
     return c.to(V.dtype.to_complex() if c.is_complex() else V.dtype)
 
 
+@full_precision()
 def unrolled_multiply(
     functions: Sequence[ScalarFunction], A: LinearOperator, V: Tensor, times: Tensor | None, method: Lanczos | Arnoldi
 ) -> tuple[list[Tensor], Info]:
@@ -95,9 +103,8 @@ def unrolled_multiply(
     return values, Info(method, products, depth, status=Status.FIXED)
 
 
-def unrolled_forms(
-    A: LinearOperator, V: Tensor, terms: Sequence[Term], method: Lanczos
-) -> tuple[list[Tensor], Info]:
+@full_precision()
+def unrolled_forms(A: LinearOperator, V: Tensor, terms: Sequence[Term], method: Lanczos) -> tuple[list[Tensor], Info]:
     """Quadratic forms by recorded loops."""
     values: list[Tensor] = []
     depth, products = 0, 0

@@ -109,8 +109,8 @@ class ExactGP(nn.Module):
             y: targets (n,), of the same dtype.
             return_info: also return an :class:`~ritz.result.Info`. On the iterative path: ``standard_error`` of the
                 value (from the log-determinant's probes), ``residual`` the error estimate of every Lanczos column (that
-                of y − m first), ``depth``, ``num_matvecs``, and in ``details`` ``quadratic``, ``logdet`` and
-                ``quadratic_residual``.
+                of y − m first), ``depth``, ``num_matvecs``, and in ``details`` ``quadratic``, ``logdet``,
+                ``quadratic_residual`` and ``rounding`` (eps·tr K̂/σ², which should be far below 1).
             on_failure: "warn", "raise" or "ignore" when an adaptive depth misses its tolerance.
 
         Returns:
@@ -131,10 +131,11 @@ class ExactGP(nn.Module):
             value, info = self._dense(X, y)
         else:
             A = self.covariance(X)
-            likelihood.warn_of_rounding(A, self.noise)
+            rounding = likelihood.warn_of_rounding(A, self.noise)
             r = y - self.mean(X)
             solver = self.solver if isinstance(self.solver, CG) else None
             value, info = likelihood.iterative(A, r, method, solver, on_failure)
+            info.details["rounding"] = rounding
         return (value, info) if return_info else value
 
     def _dense(self, X: Tensor, y: Tensor) -> tuple[Tensor, Info]:

@@ -78,7 +78,7 @@ def fit(
     """
     X, y = gp._check(X, y)
     start, report, n = time.monotonic(), Fit(), X.shape[0]
-    parameters = [p for p in gp.parameters() if p.requires_grad]
+    parameters: list[Tensor] = [p for p in gp.parameters() if p.requires_grad]
     if not parameters:
         return report
     loop = _Loop(report, start, max_seconds, callback)

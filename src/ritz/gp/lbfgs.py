@@ -64,7 +64,7 @@ def minimize(
     Reference: Nocedal, Wright, Numerical Optimization, 2006, Algorithm 7.5; Lewis, Overton 2013 for the line search.
     """
     value, g = objective(x)
-    evaluations, pairs = 1, []  # type: ignore[var-annotated]
+    evaluations, pairs = 1, list[tuple[Tensor, Tensor]]()
     reason, step = "steps", 0
     if not math.isfinite(value):
         return Minimum(x, value, 0, 1, "start is not finite")
@@ -115,7 +115,7 @@ def _direction(g: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 def _search(
     objective: Objective, x: Tensor, value: float, slope: float, d: Tensor, length: float
 ) -> tuple[int, tuple[Tensor, float, Tensor] | None]:
-    """A step of sufficient decrease, and of sufficient flattening if one is found in time; and the evaluations spent."""
+    """Evaluations spent, and a step of sufficient decrease, also of sufficient flattening if one is found in time."""
     low, high, best = 0.0, math.inf, None
     for count in range(1, LINE_STEPS + 1):
         new = x + length * d

@@ -39,9 +39,9 @@ def cholesky(K: Tensor, X: Tensor, noise: Tensor) -> Tensor:
     raise DomainError(
         f"the covariance of n = {n} points in {K.dtype} is not positive definite: pivot {order} of {n} came out <= 0 "
         f"(the smallest before it was {smallest:.3g}, the largest variance is {top:.3g}). The noise variance is "
-        f"{float(noise):.3g}, {duplicates} rows of X repeat another one. Nothing was added to the diagonal. Use a "
-        f"larger noise (above n·eps·variance = {n * torch.finfo(K.dtype).eps * top:.1g}), shorter length-scales, float64, "
-        "or merge the repeated points"
+        f"{float(noise.detach()):.3g}, {duplicates} rows of X repeat another one. Nothing was added to the diagonal. Use a "
+        f"larger noise (above n·eps·variance = {n * torch.finfo(K.dtype).eps * top:.1g}), shorter length-scales, "
+        "float64, or merge the repeated points"
     )
 
 
@@ -73,9 +73,11 @@ def iterative(
     quadratic = forms[0].squeeze(0)
     logdet, error = mean_and_error(forms[1], probes.is_exact(n))
     assert info.residual is not None
-    residual = float(info.residual[0])
+    residual = float(info.residual[0].detach())
     info.method, info.standard_error = method, error / 2
-    if solver is not None and residual > solver.resolve(A).rtol:  # type: ignore[operator]
+    # In float32 a block may run out of directions by rounding long before it has converged.
+    doubtful = info.status is Status.EXHAUSTED and info.depth < n
+    if solver is not None and (doubtful or residual > solver.resolve(A).rtol):  # type: ignore[operator]
         with torch.no_grad():
             x, report = solve(A, r.detach(), method=solver, return_info=True, on_failure=on_failure)
         quadratic = 2 * (r @ x) - x @ (A @ x)
@@ -88,19 +90,21 @@ def iterative(
     return -0.5 * (quadratic + logdet + n * math.log(2 * math.pi)), info
 
 
-def warn_of_rounding(A: LinearOperator, noise: Tensor) -> None:
-    """One warning where the largest eigenvalue's rounding may exceed the smallest eigenvalue, the noise."""
+def warn_of_rounding(A: LinearOperator, noise: Tensor) -> float:
+    """eps·tr K̂/σ²: how far rounding of the largest eigenvalue may move the smallest one; with one warning above 0.1."""
     with torch.no_grad():
-        trace, sigma2 = float(A.diagonal().sum()), float(noise)
-    rounding = torch.finfo(A.dtype).eps * trace
-    if rounding > sigma2:
+        trace, sigma2 = float(A.diagonal().detach().sum()), float(noise.detach())
+    rounding = torch.finfo(A.dtype).eps * trace / sigma2
+    if rounding > 0.1:
         what = "work in float64" if A.dtype != torch.float64 else "use a larger noise"
         warnings.warn(
-            f"a covariance of {A.shape[0]} points in {A.dtype}: the rounding of its largest eigenvalue, up to "
-            f"{rounding:.2g}, exceeds the noise variance {sigma2:.3g}, so that the smallest eigenvalues may be lost; {what}",
+            f"a covariance of {A.shape[0]} points with noise variance {sigma2:.3g} in {A.dtype}: rounding of its "
+            f"largest eigenvalue may reach {rounding:.2g} times its smallest, which spoils solves and "
+            f"log-determinants; {what}",
             ConvergenceWarning,
             stacklevel=4,
         )
+    return rounding
 
 
 def parts(info: Info) -> dict[str, Any]:

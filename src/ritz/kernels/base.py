@@ -206,7 +206,7 @@ class Scale(Kernel):
         super().__init__()
         self.base_kernel: Kernel = base_kernel
         self.raw_outputscale = nn.Parameter(torch.zeros(()))
-        self.outputscale = outputscale if isinstance(outputscale, numbers.Real) else float(outputscale)
+        self.outputscale = outputscale.detach().reshape(()) if isinstance(outputscale, Tensor) else outputscale
 
     @property
     def outputscale(self) -> Tensor:

@@ -1,7 +1,7 @@
 """The public decompositions: Krylov runs attached to autograd by their adjoint recurrences.
 
-One starting vector (n,) gives plain matrices; a block (n, m) runs m independent iterations that share every product, and
-the results carry a leading batch dimension m.
+One starting vector (n,) gives plain matrices; a block (n, m) runs m independent iterations that share every product,
+and the results carry a leading batch dimension m.
 """
 
 from __future__ import annotations

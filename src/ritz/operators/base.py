@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdjointUnavailableError, OperandError
-from ..numerics import as_block, version, without_autocast
+from ..numerics import as_block, autocast_is_on, full_precision, version
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -158,7 +158,10 @@ class LinearOperator(ABC):
         if isinstance(other, LinearOperator):
             return product(self, other)
         X = as_block(other, self.shape[1], "the operand of A @ x", dtype=self.dtype, device=self.device)
-        with without_autocast():
+        if autocast_is_on():
+            with full_precision():
+                Y = self._matmat(X)
+        else:
             Y = self._matmat(X)
         if Y is X:  # the identity must not hand out its operand
             Y = X.clone()

@@ -237,6 +237,7 @@ class CapturedFunction(FunctionOperator):
         self._captured: tuple[Tensor, ...] = ()
         self._complete = False
         self._versions: list[tuple[Tensor, int]] = []
+        self._replay: tuple[int, Product] | None = None  # the adjoint product recorded last, and its width
 
     def set_captured(self, tensors: tuple[Tensor, ...], complete: bool, unchanged: list[tuple[Tensor, int]]) -> None:
         """Fix what the product depends on; ``complete`` says that nothing else can have been missed."""
@@ -252,6 +253,14 @@ class CapturedFunction(FunctionOperator):
     def capture(self, X: Tensor) -> tuple[Tensor, LinearOperator]:
         with torch.no_grad():
             return self._matmat(X), self
+
+    def _rmatmat(self, X: Tensor) -> Tensor:
+        # A run over A.mH or A.mH @ A comes here at every step; without this it would pay a forward product each time.
+        if torch.is_grad_enabled() or in_transform():
+            return super()._rmatmat(X)
+        if self._replay is None or self._replay[0] != X.shape[1]:
+            self._replay = X.shape[1], self.adjoint_product(X.shape[1])
+        return self._replay[1](X)
 
     def pair(self, Lam: Tensor, Q: Tensor) -> Gradients:
         from ..pairing import pair_by_autograd

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +49,10 @@ class Sparse(LinearOperator):
                 f"CSR parts of shapes {tuple(crow.shape)}, {tuple(col.shape)}, {tuple(values.shape)} for a matrix "
                 f"{self.shape}; expected ({self.shape[0] + 1},), (nnz,), (nnz,)"
             )
-        self.crow, self.col, self.values = crow, col, values
+        self.crow, self.col = crow, col
+        self._values: Tensor | None = values
+        self._leaf: Tensor | None = None
+        self._narrow: Pattern | None = None
         self._rows: Tensor | None = None
         self._transposition: tuple[Tensor, Pattern] | None = None
         self._csr: tuple[int, Tensor] | None = None  # with the version of the values that it was made from
@@ -64,14 +69,43 @@ class Sparse(LinearOperator):
             raise OperandError(f"a sparse operator needs a 2-D tensor; got shape {tuple(x.shape)}")
         _announce()
         if x.layout == torch.sparse_csr:
-            return cls(x.crow_indices(), x.col_indices(), _csr_values(x), x.shape, hermitian=hermitian, psd=psd)
-        if x.layout == torch.sparse_coo:
-            x = x.coalesce()
-            row, col = x.indices()
-            return cls(_pointers(row, x.shape[0]), col, x.values(), x.shape, hermitian=hermitian, psd=psd)
+            out = cls(x.crow_indices(), x.col_indices(), _csr_values(x), x.shape, hermitian=hermitian, psd=psd)
+        elif x.layout == torch.sparse_coo:
+            entries = x.coalesce()
+            row, col = entries.indices()
+            out = cls(_pointers(row, x.shape[0]), col, entries.values(), x.shape, hermitian=hermitian, psd=psd)
+        if x.layout in (torch.sparse_csr, torch.sparse_coo):
+            if x.is_leaf and x.requires_grad:
+                out._leaf, out._values = x, None
+            return out
         if x.requires_grad:
             raise OperandError(f"a trainable sparse tensor came in layout {x.layout}; convert it to COO or CSR first")
         return cls.from_tensor(x.to_sparse_coo(), hermitian=hermitian, psd=psd)
+
+    @property
+    def values(self) -> Tensor:
+        """Stored entries (nnz,)."""
+        if self._values is None:
+            # A trainable COO or CSR leaf: autograd frees the link to it once it has gone through, so make a new one then
+            assert self._leaf is not None
+            self._values, me = _entries(self._leaf), weakref.ref(self)
+
+            def used(_: Any) -> None:
+                operator = me()
+                if operator is not None:
+                    operator._values = None
+
+            link = self._values.grad_fn
+            assert link is not None
+            link.register_prehook(used)
+        return self._values
+
+    def _pattern(self) -> Pattern:
+        """Row pointers and columns for our own products: 32-bit where they fit, which torch's kernels read faster."""
+        if self._narrow is None:
+            fits = max(*self.shape, self.col.numel()) < 2**31 and self.device.type == "cpu"
+            self._narrow = (self.crow.int(), self.col.int()) if fits else (self.crow, self.col)
+        return self._narrow
 
     @property
     def rows(self) -> Tensor:
@@ -114,9 +148,10 @@ class Sparse(LinearOperator):
         return product(self, X)
 
     def _numeric(self, X: Tensor) -> Tensor:
-        now = version(self.values)
+        values = self.values
+        now = version(values)
         if self._csr is None or self._csr[0] != now:
-            self._csr = now, _csr(self.crow, self.col, self.values.detach(), self.shape)
+            self._csr = now, _csr(*self._pattern(), values.detach(), self.shape)
         return _multiply(self._csr[1], X)
 
     def _recorded(self, X: Tensor, values: Tensor) -> Tensor:
@@ -153,7 +188,7 @@ class Sparse(LinearOperator):
         if not self.values.requires_grad:
             return (None,)
         if Lam.device.type == "cpu" and Lam.dtype in (torch.float32, torch.float64) and not in_transform():
-            zero = _csr(self.crow, self.col, torch.zeros_like(self.values), self.shape)
+            zero = _csr(*self._pattern(), torch.zeros_like(self.values), self.shape)
             return (torch.sparse.sampled_addmm(zero, Lam, Q.mT, beta=0.0).values(),)
         grad = torch.zeros_like(self.values)
         for j in range(Lam.shape[1]):  # column by column: memory O(nnz), not O(nnz·k)
@@ -197,6 +232,12 @@ def _csr_values(x: Tensor) -> Tensor:
         if isinstance(values, Tensor):
             return values
     return x.values()  # type: ignore[operator]
+
+
+def _entries(x: Tensor) -> Tensor:
+    """The values of a leaf, linked to it even where numerics run without a graph."""
+    with torch.enable_grad():
+        return _csr_values(x) if x.layout == torch.sparse_csr else x.coalesce().values()
 
 
 @functools.cache

@@ -61,14 +61,15 @@ def trace(
         samples = (Z.conj() * (A @ Z)).sum(0)
         samples = samples.real if A.hermitian and samples.is_complex() else samples
         info = Info(estimator, Z.shape[1], 1, status=Status.FIXED)
-    elif isinstance(choose(A, method), Lanczos):
+    elif isinstance(chosen := choose(A, method), Lanczos):
         (samples,), info = shared_forms(
-            A, Z, [Term(as_function(f), slice(None), shifts)], method=method, gradient=gradient, on_failure=on_failure
+            A, Z, [Term(as_function(f), slice(None), shifts)], method=chosen, gradient=gradient, on_failure=on_failure
         )
     else:
         if shifts is not None:
             raise OperandError(
-                "shifts= needs a Lanczos run of a Hermitian operator; declare hermitian=True if it is, or loop over shifts"
+                "shifts= needs a Lanczos run of a Hermitian operator; declare hermitian=True if it is, or "
+                "loop over shifts"
             )
         Y, info = funm_multiply(f, A, Z, method=method, gradient=gradient, return_info=True, on_failure=on_failure)
         samples = (Z.conj() * Y).sum(0)

@@ -1,0 +1,144 @@
+"""The scikit-learn estimator: conventions, predictions against the process behind it, a real data set."""
+
+import builtins
+import gzip
+import pickle
+import warnings
+from importlib import resources
+
+import numpy as np
+import pytest
+import torch
+
+from ritz.gp import GPRegressor
+from ritz.kernels import RBF, Scale
+
+
+def table(n=80, d=2, seed=0):
+    rng = np.random.default_rng(seed)
+    X = rng.normal(size=(n, d)) * [1.0, 100.0][:d] + 5
+    y = 1000 + 30 * np.sin(X[:, 0]) + 0.2 * X[:, -1] + rng.normal(size=n)
+    return X, y
+
+
+def test_recovers_a_function_and_its_noise():
+    X, y = table(150)
+    model = GPRegressor().fit(X, y)
+    new, truth = table(100, seed=1)
+    mean, std = model.predict(new, return_std=True)
+    assert mean.dtype == std.dtype == np.float64 and mean.shape == std.shape == (100,)
+    z = (truth - mean) / std
+    assert 0.7 < float(np.sqrt((z**2).mean())) < 1.4 and model.score(new, truth) > 0.97
+    latent = model.predict(new, return_std=True, latent=True)[1]
+    noise = np.sqrt(std**2 - latent**2)
+    np.testing.assert_allclose(noise, noise[0])
+    assert 0.7 < noise[0] < 1.4  # the noise of the data is 1
+    assert model.n_features_in_ == 2 and np.isfinite(model.log_marginal_likelihood_)
+
+
+def test_units_do_not_matter_and_standardisation_can_be_switched_off():
+    X, y = table(40)
+    a = GPRegressor().fit(X, y).predict(X)
+    b = GPRegressor().fit(X * 1e-6, y * 1e6).predict(X * 1e-6)
+    np.testing.assert_allclose(a, b / 1e6, rtol=1e-4)
+    Z, t = (X - X.mean(0)) / X.std(0), (y - y.mean()) / y.std()
+    np.testing.assert_allclose(GPRegressor(standardize=False).fit(Z, t).predict(Z) * y.std() + y.mean(), a, rtol=1e-6)
+    raw = GPRegressor(standardize=False, subset_steps=0, steps=0).fit(X, y)
+    assert raw.y_scale_ == 1.0 and np.all(raw.x_mean_ == 0)
+
+
+def test_given_kernel_is_copied_not_changed():
+    X, y = table(40)
+    kernel = 2.0 * RBF(lengthscale=0.7)
+    before = {k: v.clone() for k, v in kernel.state_dict().items()}
+    model = GPRegressor(kernel, noise=0.3, subset_steps=0, steps=0).fit(X, y)
+    assert model.gp_.noise.item() == pytest.approx(0.3) and model.gp_.kernel is not kernel
+    assert GPRegressor(kernel).fit(X, y).gp_.kernel.outputscale.item() != pytest.approx(2.0)
+    assert all(torch.equal(v, before[k]) for k, v in kernel.state_dict().items())
+
+
+def test_fit_again_is_the_same_fit():
+    X, y = table(60)
+    first = GPRegressor(subset=30, steps=3, random_state=3).fit(X, y).predict(X)
+    assert np.array_equal(first, GPRegressor(subset=30, steps=3, random_state=3).fit(X, y).predict(X))
+    for state in (np.random.RandomState(0), np.random.default_rng(0), None):
+        GPRegressor(random_state=state, subset_steps=1).fit(X, y)
+
+
+def test_parameters_clone_and_pickle():
+    sklearn = pytest.importorskip("sklearn.base")
+    X, y = table(40)
+    model = GPRegressor(Scale(RBF(2)), noise=0.2, subset_steps=7)
+    assert model.get_params()["subset_steps"] == 7 and "subset_steps=7" in repr(model)
+    twin = sklearn.clone(model).set_params(subset_steps=3)
+    assert (twin.subset_steps, model.subset_steps) == (3, 7) and not hasattr(twin, "gp_")
+    with pytest.raises(ValueError, match="bogus"):
+        model.set_params(bogus=1)
+    model.fit(X, y)
+    again = pickle.loads(pickle.dumps(model))
+    for a, b in zip(model.predict(X, return_std=True), again.predict(X, return_std=True)):
+        assert np.array_equal(a, b)
+
+
+def test_float32():
+    X, y = table(60)
+    model = GPRegressor(dtype="float32").fit(X, y)
+    assert model.gp_.raw_noise.dtype == torch.float32
+    np.testing.assert_allclose(model.predict(X), GPRegressor().fit(X, y).predict(X), rtol=1e-3)
+    with pytest.raises(ValueError, match="float16"):
+        GPRegressor(dtype="float16").fit(X, y)
+
+
+def test_pipelines_and_searches():
+    pytest.importorskip("sklearn")
+    from sklearn.model_selection import GridSearchCV, cross_val_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import MinMaxScaler
+
+    X, y = table(45)
+    assert cross_val_score(make_pipeline(MinMaxScaler(), GPRegressor(subset_steps=15)), X, y, cv=3).min() > 0.8
+    search = GridSearchCV(GPRegressor(subset_steps=0, steps=0), {"noise": [1e-3, 10.0]}, cv=3).fit(X, y)
+    assert search.best_params_ == {"noise": 1e-3}
+
+
+@pytest.mark.slow
+def test_scikit_learns_own_checks():
+    checks = pytest.importorskip("sklearn.utils.estimator_checks")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # says that the class does not inherit from BaseEstimator, on purpose
+        results = checks.check_estimator(GPRegressor(), on_fail=None)
+    assert len(results) > 30 and not [r["check_name"] for r in results if r["status"] == "failed"]
+
+
+def test_works_without_scikit_learn(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.split(".")[0] == "sklearn":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    X, y = table(30)
+    model = GPRegressor(subset_steps=5)
+    with pytest.raises(ValueError, match="not fitted"):
+        model.predict(X)
+    assert model.fit(X, y).predict(X).shape == (30,)
+    for bad in ((X[:, 0], y), (X, y[:3]), (X, y * np.nan)):
+        with pytest.raises(ValueError, match="expected"):
+            model.fit(*bad)
+    with pytest.raises(ValueError, match="1 features"):
+        model.predict(X[:, :1])
+
+
+def test_shipped_elevators():
+    with resources.files("ritz.data").joinpath("elevators.csv.gz").open("rb") as raw, gzip.open(raw, "rt") as text:
+        rows = np.array([[float(v) for v in line.split(",")] for _, line in zip(range(900), text)])
+    X, y = rows[:, :-1], rows[:, -1]
+    model = GPRegressor(subset_steps=20).fit(X[:600], y[:600])
+    mean, std = model.predict(X[600:], return_std=True)
+    z = (y[600:] - mean) / std
+    linear = np.linalg.lstsq(np.c_[X[:600], np.ones(600)], y[:600], rcond=None)[0]
+    residual = y[600:] - np.c_[X[600:], np.ones(300)] @ linear
+    assert ((y[600:] - mean) ** 2).mean() < 0.95 * (residual**2).mean()
+    assert 0.7 < float(np.sqrt((z**2).mean())) < 1.5
