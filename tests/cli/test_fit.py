@@ -32,13 +32,13 @@ def test_results(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     out, err = capsys.readouterr()
     assert err == ""
     assert "60 rows, 3 columns, the first row holds names" in out and "column 'y', from 2 inputs" in out
-    assert "48 rows to train, 12 to test" in out and "constant predictor" in out and "20-point subset" in out
+    assert "48 rows to train, 12 to test" in out and "constant predictor" in out and "the subset, 20 rows" in out
     assert sorted(os.listdir(tmp_path / "new" / "out")) == FILES
     assert (tmp_path / "new" / "out" / "figure.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     facts = metrics(tmp_path / "new" / "out")
     assert facts["data"]["columns"]["features"] == ["a", "b"]
     assert [phase["phase"] for phase in facts["training"]] == ["subset", "all"]
-    assert len(facts["training"][1]["loss"]) == 2 and np.isfinite(facts["training"][1]["loss"]).all()
+    assert len(facts["training"][1]["loss"]) == 3 and np.isfinite(facts["training"][1]["loss"]).all()
     assert facts["results"]["model"]["rmse"] < facts["results"]["constant"]["rmse"]
     assert os.listdir(tmp_path / "new") == ["out"]
 

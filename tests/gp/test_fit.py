@@ -69,6 +69,16 @@ def test_second_stage_improves_and_keeps_the_best():
         assert float(-gp.log_marginal_likelihood(X, y) / 120) == report.loss  # fixed probes: the very same number
 
 
+def test_the_best_step_is_put_back_even_if_the_last_one_is_far_off():
+    X, y = data(80)
+    gp = process(logdet=(Hutchinson(10), Lanczos(30)))
+    report = fit(gp, X, y, subset=None, steps=6, lr=2.0)
+    losses = [loss for _, _, loss, _ in report.history]
+    assert losses[-1] > min(losses) == report.loss
+    with torch.no_grad():
+        assert float(-gp.log_marginal_likelihood(X, y) / 80) == report.loss
+
+
 def test_stages_can_be_left_out():
     X, y = data(60)
     start = process(logdet=(Hutchinson(5), Lanczos(20)))

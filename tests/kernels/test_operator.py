@@ -15,7 +15,7 @@ KERNELS = {
     "rbf ard": lambda: RBF(3, lengthscale=torch.tensor([0.5, 1.0, 2.0])),
     "matern12": lambda: Matern(0.5, 3),
     "matern32 scaled": lambda: 2.0 * Matern(1.5),
-    "matern52": lambda: Scale(Scale(Matern(2.5, 3), 0.7), 3.0),
+    "matern52": lambda: Scale(Scale(Matern(2.5, 3), 0.5), 4.0),
     "active": lambda: Matern(1.5, 2, active_dims=[0, 2]),
     "sum": lambda: 0.3 * (RBF(3) + 0.5 * Matern(0.5)),
     "product": lambda: 1.5 * (RBF() * Matern(2.5, 3)),
@@ -178,6 +178,16 @@ def test_float32_products_and_gradients(nu, lengthscale, d):
     for single, double in gradients:
         scale = max(float(double.norm()), 10.0)  # one number from 1e6 terms of random sign may all but cancel
         assert float((single - double).norm()) < 1e-4 * scale
+
+
+@pytest.mark.parametrize("name", ["rbf", "matern12", "matern52", "active"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_diagonal_is_exact(name, dtype):
+    kernel = KERNELS[name]().to(dtype)
+    K = kernel(points(50, 3, dtype), backend=Tiles(16))
+    want = K.diagonal()
+    assert torch.equal((K @ torch.eye(50, dtype=dtype)).diagonal(), want)
+    assert torch.equal(K.to_dense().diagonal(), want)
 
 
 def test_repeated_rows_in_float32_with_matern12():

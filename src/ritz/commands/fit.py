@@ -20,6 +20,7 @@ from .store import FACTS, TENSORS, Saved, save, to_json, write_json
 from .table import Table, read_table
 
 METRICS, FIGURE = "metrics.json", "figure.png"
+SCORED = 500  # test rows at most where standard deviations need conjugate gradients
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,13 @@ class FitOptions:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a fit gave: the model, the history of each phase, scores by name, and the coverage of intervals."""
+    """What a fit gave: the model, the history of each phase, scores by name, coverage of intervals, rows scored."""
 
     saved: Saved
     phases: list[dict[str, Any]]
     results: dict[str, dict[str, float]]
     coverage: dict[str, list[float]]
+    scored: int
 
 
 def run_fit(options: FitOptions) -> dict[str, Any]:
@@ -70,11 +72,11 @@ def run_fit(options: FitOptions) -> dict[str, Any]:
     with staged_directory(options.out, options.force) as stage:
         _describe(console, table, problem, options.seed)
         fitted = _fit(problem, options, console)
-        n, m = len(problem.train), len(problem.test)
+        n = len(problem.train)
         scored = fitted.results["model"]
         title = f"{table.path.name}: {options.recipe.kernel} kernel, {n} rows; "
         title += f"held out: RMSE {scored['rmse']:.4g}, NLL {scored['nll']:.3f}"
-        plot.fit_figure(fitted.phases, fitted.coverage, rows=m, title=title).savefig(stage / FIGURE)
+        plot.fit_figure(fitted.phases, fitted.coverage, rows=fitted.scored, title=title).savefig(stage / FIGURE)
         save(stage, fitted.saved)
         report = {
             "data": _facts(table, problem),
@@ -82,6 +84,7 @@ def run_fit(options: FitOptions) -> dict[str, Any]:
             "recipe": asdict(options.recipe),
             "dtype": fitted.saved.spec.dtype,
             "results": fitted.results,
+            "scored_rows": fitted.scored,
             "coverage": fitted.coverage,
             "training": fitted.phases,
             "seconds": round(time.perf_counter() - began, 2),
@@ -101,6 +104,12 @@ def _fit(problem: Problem, options: FitOptions, console: Console) -> Fitted:
     spec = model.Spec(recipe.kernel, recipe.ard, recipe.dtype or model.default_dtype(n))
     X, X_test = (spec.tensor(scaling.inputs(problem.X[rows])) for rows in (problem.train, problem.test))
     y, y_test = spec.tensor(scaling.targets(problem.y[problem.train])), problem.y[problem.test]
+    if n > model.DENSE_UP_TO and len(y_test) > SCORED:
+        scored = np.sort(np.random.default_rng(options.seed).permutation(len(y_test))[:SCORED])
+        X_test, y_test = X_test[scored], y_test[scored]
+        console.fact(
+            "", f"scored on {SCORED} of the test rows: standard deviations are costly above {model.DENSE_UP_TO} rows"
+        )
     gp = model.build(spec, X.shape[1])
     reserve = 0.0 if recipe.budget is None else model.prediction_seconds(n, len(y_test))
     clock = model.Clock(recipe.budget, reserve)
@@ -111,20 +120,20 @@ def _fit(problem: Problem, options: FitOptions, console: Console) -> Fitted:
     if recipe.subset:
         with console.phase("subset", recipe.subset_steps) as phase:
             model.fit_subset(gp, X[rows], y[rows], recipe, phase, clock)
-        phases.append(_history("subset", f"{len(rows)} points: Cholesky, L-BFGS", len(rows), phase))
+        phases.append(_history("subset", f"{len(rows)} rows: Cholesky, L-BFGS", len(rows), phase))
         console.fact("subset", _spent(phases[-1]))
     if 0 < len(rows) < n:
         mean, std = model.predict(gp, X[rows], y[rows], X_test)
         results["subset"] = scores.score(y_test, *scaling.outputs(mean, std))
     if recipe.steps and len(rows) < n:
-        with console.phase("all points", recipe.steps) as phase:
+        with console.phase("all rows", recipe.steps + 1) as phase:
             model.fit_all(gp, X, y, recipe, options.seed, phase, clock)
-        phases.append(_history("all", f"{n} points: Krylov, Adam", n, phase))
+        phases.append(_history("all", f"{n} rows: Krylov, Adam", n, phase))
         console.fact("all", _spent(phases[-1]))
     mean, std = scaling.outputs(*model.predict(gp, X, y, X_test))
     results["model"] = scores.score(y_test, mean, std)
     saved = Saved(spec, gp, X, y, problem.columns, scaling)
-    return Fitted(saved, phases, results, scores.coverage(y_test, mean, std))
+    return Fitted(saved, phases, results, scores.coverage(y_test, mean, std), len(y_test))
 
 
 def _history(name: str, title: str, points: int, phase: Phase) -> dict[str, Any]:
@@ -167,8 +176,8 @@ def _report(console: Console, results: dict[str, dict[str, float]], subset: int,
     """The scores as a small table."""
     names = {
         "constant": "constant predictor",
-        "subset": f"exact GP on the {subset}-point subset",
-        "model": f"this model, {n} points",
+        "subset": f"exact GP on the subset, {subset} rows",
+        "model": f"this model, {n} rows",
     }
     console.line()
     console.line(f"{'held-out rows, in units of the target':<42}{'RMSE':>12}{'NLL':>12}")

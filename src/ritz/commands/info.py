@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import ritz
+from ritz import kernels
 
 from .failure import CommandError
 
@@ -36,7 +37,7 @@ def collect() -> dict[str, Any]:
         devices.append({"name": f"cuda:{i}", "what": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1)})
     backends = {
         "tiles": "available",
-        "numba": "available" if _found("numba") else "missing: pip install ritz[numba]",
+        "numba": _numba(),
         "triton": _triton(),
     }
     return {
@@ -91,7 +92,15 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _numba() -> str:
+    if not hasattr(kernels, "NumbaTiles"):
+        return "not part of this version"
+    return "available" if _found("numba") else "missing: pip install ritz[numba]"
+
+
 def _triton() -> str:
+    if not hasattr(kernels, "TritonTiles"):
+        return "not part of this version"
     if not torch.cuda.is_available():
         return "not used: no CUDA device"
     return "available" if _found("triton") else "missing: it comes with CUDA builds of torch"

@@ -94,12 +94,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help=f"random probes of the log-determinant (default {_DEFAULT.probes})",
     )  # fmt: skip
     second.add_argument(
-        "--depth", metavar="N", type=_positive, default=_DEFAULT.depth,
-        help=f"Lanczos depth for each probe (default {_DEFAULT.depth})",
+        "--depth",
+        metavar="N",
+        type=_positive,
+        default=_DEFAULT.depth,
+        help="Lanczos depth for each probe (default: as deep as a relative error of 1e-2 needs)",
     )  # fmt: skip
     parser.add_argument(
         "--budget", metavar="SECONDS", type=_number, default=None,
-        help="stop training after this long; predicting comes on top (default: no limit)",
+        help="train so that everything is done after about this long (default: no limit)",
     )  # fmt: skip
 
 

@@ -27,9 +27,9 @@ class Recipe:
     ard: bool = True
     dtype: str | None = None
     subset: int = 2000
-    subset_steps: int = 60
-    steps: int = 30
-    lr: float = 0.05
-    probes: int = 10
+    subset_steps: int = 40
+    steps: int = 20
+    lr: float = 0.1
+    probes: int = 8
     depth: int | None = None
     budget: float | None = None

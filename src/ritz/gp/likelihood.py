@@ -39,8 +39,8 @@ def cholesky(K: Tensor, X: Tensor, noise: Tensor) -> Tensor:
     raise DomainError(
         f"the covariance of n = {n} points in {K.dtype} is not positive definite: pivot {order} of {n} came out <= 0 "
         f"(the smallest before it was {smallest:.3g}, the largest variance is {top:.3g}). The noise variance is "
-        f"{float(noise.detach()):.3g}, {duplicates} rows of X repeat another one. Nothing was added to the diagonal. Use a "
-        f"larger noise (above n·eps·variance = {n * torch.finfo(K.dtype).eps * top:.1g}), shorter length-scales, "
+        f"{float(noise.detach()):.3g}, {duplicates} rows of X repeat another one. Nothing was added to the diagonal. "
+        f"Use a larger noise (above n·eps·variance = {n * torch.finfo(K.dtype).eps * top:.1g}), shorter length-scales, "
         "float64, or merge the repeated points"
     )
 
