@@ -31,6 +31,10 @@ class _Krylov:
     reorthogonalize: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("num_matvecs", "max_matvecs"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int):
+                raise OperandError(f"{name}={value!r}; expected a whole number")
         if self.num_matvecs is not None and self.num_matvecs < 1:
             raise OperandError(f"num_matvecs={self.num_matvecs}; expected at least 1, or None for an adaptive depth")
         if self.rtol is not None and not 0 < self.rtol < 1:

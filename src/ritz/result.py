@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import sys
 import warnings
 from dataclasses import dataclass, field
 from typing import Literal
@@ -81,4 +82,12 @@ def report(info: Info, *, what: str, target: float, on_failure: OnFailure) -> No
     )
     if on_failure == "raise":
         raise ConvergenceError(text)
-    warnings.warn(text, ConvergenceWarning, stacklevel=3)
+    warnings.warn(text, ConvergenceWarning, stacklevel=caller_level())
+
+
+def caller_level() -> int:
+    """``stacklevel`` of a warning raised in the calling function that points at the first line outside of ritz."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "ritz":
+        level, frame = level + 1, frame.f_back
+    return level

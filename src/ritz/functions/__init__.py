@@ -1,9 +1,10 @@
 """Functions of operators: f(A)v, forms, and the functions f themselves with exact divided differences."""
 
 from .divided import divided_difference
-from .forms import Term, bilinear_form, quadratic_form, shared_forms
+from .forms import bilinear_form, quadratic_form, shared_forms
 from .multiply import expm_multiply, funm_multiply
 from .scalar import ScalarFunction, exp, inverse, log, phi, power, rsqrt, sqrt
+from .terms import Term
 
 __all__ = [
     "ScalarFunction",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,9 +21,7 @@ from ..result import Info, Status
 from . import frechet
 from .scalar import ScalarFunction, Times
 from .space import GeneralSpace, HermitianSpace, Space, combine, decompose
-
-if TYPE_CHECKING:
-    from .forms import Term
+from .terms import Term, form_input_gradients, shifted, term_cotangents
 
 Attached = tuple[Callable[..., Cotangents], list[Tensor]]
 
@@ -37,8 +34,6 @@ def forms_by_adjoint(run: Run, space: HermitianSpace, terms: Sequence[Term], met
     of f(A)v have fallen below rounding; the adjoint starts there. Where a small β (a cluster of eigenvalues) would
     magnify rounding by ‖A‖/β, it starts before that β once less than this is lost.
     """
-    from .forms import form_input_gradients, term_cotangents
-
     state = _truncate(space, terms)
     short = decompose(state)
     m = space.ritz.shape[0]
@@ -75,8 +70,6 @@ def _masked_sum(a: Tensor, weights: Tensor) -> Tensor:
 
 
 def _truncate(space: HermitianSpace, terms: Sequence[Term]) -> LanczosState:
-    from .forms import _shifted
-
     state = space.state
     k = state.Q.shape[1]
     needed = torch.ones_like(state.depth)
@@ -84,7 +77,7 @@ def _truncate(space: HermitianSpace, terms: Sequence[Term]) -> LanczosState:
     # Rounding of a step past β_j, magnified; infinite at breakdown.
     noise = torch.finfo(state.alpha.dtype).eps * (size / state.beta).clamp(min=1)
     for term in terms:
-        for f in _shifted(term):
+        for f in shifted(term):
             c = space.small(f)
             tail = c.abs().square().flip(1).cumsum(1).flip(1).sqrt()
             live = 1 + (tail[:, 1:] > noise[:, :-1] * tail[:, :1]).long().cumprod(1).sum(1)

@@ -7,7 +7,7 @@ log-determinants, curves over shifts, and the two terms of a Gaussian process' l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ..result import Info, OnFailure, Status, report
 from . import frechet
 from .adjoint import forms_by_adjoint
 from .multiply import funm_multiply
-from .scalar import Part, ScalarFunction, Shifted, as_function
+from .scalar import Part, ScalarFunction, as_function
 from .space import (
     HermitianSpace,
     as_hermitian,
@@ -30,19 +30,11 @@ from .space import (
     check_psd,
     check_rule,
     choose,
-    combine,
     info_of,
     smallest,
 )
+from .terms import Term, applied, form_input_gradients, form_values, overlap, shift_tensor, shifted, term_cotangents
 from .unrolled import unrolled_forms
-
-
-class Term(NamedTuple):
-    """One function for some columns of the block; ``shifts`` (p,) asks for f(A + σI) at each σ."""
-
-    f: ScalarFunction
-    columns: slice
-    shifts: Tensor | None = None
 
 
 def quadratic_form(
@@ -140,7 +132,7 @@ def shared_forms(
     check_rule(gradient, chosen)
     check_finite(V, "v")
     A = as_hermitian(A, chosen)
-    terms = [t._replace(shifts=_shift_tensor(t.shifts, A)) for t in terms]
+    terms = [t._replace(shifts=shift_tensor(t.shifts, A)) for t in terms]
     if isinstance(gradient, Unrolled):
         return unrolled_forms(A, V, terms, chosen)
     probe = torch.ones(1, dtype=torch.float64, device=A.device)
@@ -149,12 +141,12 @@ def shared_forms(
     shifts = [t.shifts for t in terms if t.shifts is not None]
     with Run(A, V, *shifts) as run:
         Vn = V.detach()
-        functions = [f for t in terms for f in _shifted(t)]
+        functions = [f for t in terms for f in shifted(t)]
         space, error, status = build(run.matmat, Vn, chosen, functions)
         assert isinstance(space, HermitianSpace)
         space.check_domain(functions)
         weights = space.first.square()  # ‖v‖² times the Gauss weights
-        values = [_values(t, space.ritz, weights).to(V.real.dtype) for t in terms]
+        values = [form_values(t, space.ritz, weights).to(V.real.dtype) for t in terms]
         info = info_of(chosen, space, error, status, run.num_matvecs)
         report(info, what="forms of f(A)", target=chosen.tolerance(V.dtype), on_failure=on_failure)
         check_psd(A, space, info, on_failure)
@@ -187,71 +179,6 @@ def _complex_forms(
     return [torch.complex(next(values), next(values)) if split else next(values) for split in is_complex], info
 
 
-def _shift_tensor(shifts: Any, A: LinearOperator) -> Tensor | None:
-    """Shifts as a real tensor (p,) in double precision or as the caller has them."""
-    if shifts is None:
-        return None
-    if not isinstance(shifts, Tensor):
-        shifts = torch.as_tensor(shifts, dtype=torch.float64, device=A.device)
-    if shifts.ndim != 1 or shifts.is_complex():
-        raise OperandError(
-            f"shifts has shape {tuple(shifts.shape)} and {shifts.dtype}; expected real numbers of shape (p,), as in "
-            "torch.tensor([0.1, 1.0])"
-        )
-    check_finite(shifts.detach(), "shifts")
-    return shifts
-
-
-def _shifted(term: Term) -> list[ScalarFunction]:
-    if term.shifts is None:
-        return [term.f]
-    return [Shifted(term.f, float(s)) for s in term.shifts.detach()]
-
-
-def _values(term: Term, ritz: Tensor, weights: Tensor) -> Tensor:
-    """Σ_i f(w_i) weights_i on the term's columns; real part (a real f of a Hermitian operator has real forms)."""
-    w, g = ritz[term.columns], weights[term.columns]
-    rows = [(f(w) * g).sum(1) for f in _shifted(term)]
-    return rows[0] if term.shifts is None else torch.stack(rows)
-
-
-def term_cotangents(
-    terms: Sequence[Term], cotangents: Sequence[Tensor | None], m: int
-) -> list[tuple[ScalarFunction, Tensor]]:
-    """(f, g) pairs with g spread over all m columns, for the cotangents of the terms' values."""
-    out = []
-    for term, bar in zip(terms, cotangents, strict=True):
-        if bar is None:
-            continue
-        rows = bar.double().unsqueeze(0) if term.shifts is None else bar.double()
-        for f, row in zip(_shifted(term), rows, strict=True):
-            g = torch.zeros(m, dtype=torch.float64, device=row.device)
-            g[term.columns] = row
-            out.append((f, g))
-    return out
-
-
-def form_input_gradients(
-    space: HermitianSpace, terms: Sequence[Term], cotangents: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """Cotangents of V and of every term's shifts: 2 f(A)v and Σ f'(w) weights, read off the space."""
-    m = space.ritz.shape[0]
-    pairs = term_cotangents(terms, cotangents, m)
-    c = torch.zeros_like(space.ritz)
-    for f, g in pairs:
-        c = c + g.unsqueeze(1) * torch.where(g.unsqueeze(1) == 0, torch.zeros_like(c), f(space.ritz))
-    c = (space.vectors @ (2 * c * space.first).unsqueeze(2)).squeeze(2)
-    out: list[Tensor | None] = [combine(space.basis, c)]
-    weights = space.first.square()
-    for term, bar in zip(terms, cotangents, strict=True):
-        if term.shifts is None:
-            continue
-        w, g = space.ritz[term.columns], weights[term.columns]
-        slopes = torch.stack([(f.derivative(w) * g).sum(1) for f in _shifted(term)])
-        out.append(None if bar is None else (slopes * bar.double()).sum(1))
-    return out
-
-
 def _frechet_rule(
     space: HermitianSpace, terms: Sequence[Term], rtol: float, info: Info
 ) -> tuple[Callable[..., Cotangents], list[Tensor]]:
@@ -261,7 +188,7 @@ def _frechet_rule(
     only, and the basis stays.
     """
     done = Info(info.method, 0, info.depth, status=Status.FIXED)  # backward spends no product
-    if any(t.shifts is not None for t in terms) or _overlap(terms, space.ritz.shape[0]):
+    if any(t.shifts is not None for t in terms) or overlap(terms, space.ritz.shape[0]):
 
         def late(*cotangents: Tensor | None) -> Cotangents:
             info.backward = done
@@ -279,7 +206,7 @@ def _frechet_rule(
     Q = right.to(dtype).mT @ basis
     # Λ is Q with its rows scaled (X is symmetric): only Q is kept
     scale = (left * right).sum(1) / right.square().sum(1).clamp(min=torch.finfo(torch.float64).tiny)
-    image = 2 * _applied(space, terms)
+    image = 2 * applied(space, terms)
 
     def ready(*cotangents: Tensor | None) -> Cotangents:
         info.backward = done
@@ -290,20 +217,6 @@ def _frechet_rule(
         return Cotangents([Pair(Lam)], [image * g.to(image.dtype)])
 
     return ready, [Q]
-
-
-def _overlap(terms: Sequence[Term], m: int) -> bool:
-    """Whether two terms read the same column."""
-    used = [j for t in terms for j in range(m)[t.columns]]
-    return len(used) != len(set(used))
-
-
-def _applied(space: HermitianSpace, terms: Sequence[Term]) -> Tensor:
-    """f(A)v for every column, each with its term's function, (n, m)."""
-    c = torch.zeros_like(space.ritz)
-    for term in terms:
-        c[term.columns] = term.f(space.ritz[term.columns])
-    return combine(space.basis, (space.vectors @ (c * space.first).unsqueeze(2)).squeeze(2))
 
 
 def _general_form(

@@ -18,7 +18,7 @@ from ..krylov.arnoldi import ArnoldiState, run_arnoldi
 from ..krylov.lanczos import LanczosState, run_lanczos
 from ..methods import Adjoint, Arnoldi, Auto, Frechet, KrylovMethod, Lanczos, Unrolled
 from ..operators.base import LinearOperator
-from ..result import Info, OnFailure, Status
+from ..result import Info, OnFailure, Status, caller_level
 from .scalar import ScalarFunction
 
 Product = Callable[[Tensor], Tensor]
@@ -245,7 +245,7 @@ def check_psd(A: LinearOperator, space: Space, info: Info, on_failure: OnFailure
     if on_failure == "raise":
         raise ConvergenceError(text)
     if on_failure == "warn":
-        warnings.warn(text, ConvergenceWarning, stacklevel=4)
+        warnings.warn(text, ConvergenceWarning, stacklevel=caller_level())
 
 
 def smallest(error: Tensor) -> float:

@@ -6,7 +6,6 @@ The loops here are written for autograd (no in-place steps), not for speed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,9 +15,7 @@ from ..numerics import full_precision
 from ..operators.base import LinearOperator
 from ..result import Info, Status
 from .scalar import Exp, ScalarFunction
-
-if TYPE_CHECKING:
-    from .forms import Term
+from .terms import Term
 
 DEFAULT_DEPTH = 50  # an unrolled depth is fixed: autograd through a data-dependent one would mean little
 

@@ -15,7 +15,7 @@ from ..functions.scalar import inverse, log
 from ..methods import Lanczos
 from ..numerics import full_precision
 from ..operators.base import LinearOperator
-from ..result import Info, OnFailure, Status
+from ..result import Info, OnFailure, Status, caller_level
 from ..solve import CG, Direct, solve
 from ..stochastic.probes import Hutchinson, mean_and_error
 
@@ -102,7 +102,7 @@ def warn_of_rounding(A: LinearOperator, noise: Tensor) -> float:
             f"largest eigenvalue may reach {rounding:.2g} times its smallest, which spoils solves and "
             f"log-determinants; {what}",
             ConvergenceWarning,
-            stacklevel=4,
+            stacklevel=caller_level(),
         )
     return rounding
 

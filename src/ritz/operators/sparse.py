@@ -86,7 +86,7 @@ class Sparse(LinearOperator):
     def values(self) -> Tensor:
         """Stored entries (nnz,)."""
         if self._values is None:
-            # A trainable COO or CSR leaf: autograd frees the link to it once it has gone through, so make a new one then
+            # A trainable COO or CSR leaf: autograd frees the link to it once it has gone through; make a new one then
             assert self._leaf is not None
             self._values, me = _entries(self._leaf), weakref.ref(self)
 
