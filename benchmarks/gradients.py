@@ -39,6 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: torch contestants only")
     parser.add_argument("--data", help="folder that holds bloweybq.mtx.gz (or set RITZ_DATA)")
     parser.add_argument("--no-memory", action="store_true", help="skip the peak-memory runs (one fresh process each)")
+    parser.add_argument("--memory-ks", type=lambda text: [int(k) for k in text.split(",")], help="depths of these runs")
     parser.add_argument(
         "--output", type=Path, default=_common.HERE / "results", help="folder for JSON, table and figure"
     )
@@ -113,6 +114,8 @@ def contestants_for(problem: str, options: argparse.Namespace, *, turn: int = 0)
         names = [c for c in names if c not in PEERS]
     if problem in ("kernel", "network"):
         names = [c for c in names if c != "ritz Frechet, COO"]
+    if problem == "network" and options.contestant == list(CONTESTANTS):
+        names = [c for c in names if c != "loop autograd"]  # half a minute a gradient; ask for it by --contestant
     # slow, and no bar depends on it: one round will do
     return [c for c in names if turn == 0 or c != "loop autograd"]
 
@@ -151,7 +154,7 @@ def benchmark(options: argparse.Namespace, path: Path, environment: dict) -> dic
     if not (options.no_memory or options.quick):
         for problem in about:
             for name in contestants_for(problem, options):
-                for k in options.ks:
+                for k in options.memory_ks or options.ks:
                     run(name, problem, "memory", [k], False)
             save()
     return result

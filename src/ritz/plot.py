@@ -22,15 +22,16 @@ def training_curve(axes: Axes, steps: Sequence[float], loss: Sequence[float], *,
     Args:
         axes: where to draw.
         steps: step numbers, increasing.
-        loss: negative log marginal likelihood a row at each step; non-finite values leave a gap.
+        loss: what is minimised, at each step; non-finite values leave a gap.
         title: what is being fitted, by what.
     """
+    from matplotlib.ticker import MaxNLocator
+
     marker = "o" if len(steps) <= 60 else None
     axes.plot(steps, loss, color=color, marker=marker, markersize=3, linewidth=1.4)
     axes.set_title(title)
     axes.set_xlabel("step")
-    axes.set_ylabel("negative log marginal likelihood a row")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _tidy(axes)
 
 
@@ -85,6 +86,8 @@ def fit_figure(phases: Sequence[Mapping[str, Any]], coverage: Mapping[str, Any],
     all_axes = figure.subplots(1, panels, squeeze=False)[0]
     for axes, phase in zip(all_axes, shown):
         training_curve(axes, phase["steps"], phase["loss"], title=phase["title"])
+    if shown:
+        all_axes[0].set_ylabel("negative log evidence a row")
     calibration(
         all_axes[-1], coverage["nominal"], coverage["observed"], rows=rows, title="calibration on held-out rows"
     )

@@ -84,7 +84,7 @@ def test_json_is_all_that_is_printed(data: Path, tmp_path: Path, capsys: pytest.
         ("t.csv", '"' + text(numbers()).replace(",", '", "').replace("\n", '"\n"').rstrip('"'), "y"),
         ("T.CSV", "\n" + text(numbers()) + "\n\n", "y"),
     ],
-    ids=["name", "position", "no-header", "no-header-position", "gzip", "bom-crlf", "semicolon", "tab", "quotes", "blank-lines"],
+    ids="name position no-header no-header-position gzip bom-crlf semicolon tab quotes blank-lines".split(),
 )  # fmt: skip
 def test_the_same_table_in_other_clothes(
     name: str, content: str | bytes, target: str, model: Path, tmp_path: Path
@@ -92,6 +92,15 @@ def test_the_same_table_in_other_clothes(
     assert fit(write(tmp_path / name, content), tmp_path / "out", target=target) == 0
     assert same_tensors(tmp_path / "out", model)
     assert metrics(tmp_path / "out")["results"] == metrics(model)["results"]
+
+
+def test_header_by_request(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write(tmp_path / "t.csv", text(numbers(), "2019,2020,y"))
+    assert fit(data, tmp_path / "out", target="y") == 1
+    assert "--header yes" in capsys.readouterr().err
+    assert fit(data, tmp_path / "out", "--header", "yes", target="y") == 0
+    assert same_tensors(tmp_path / "out", model)
+    assert metrics(tmp_path / "out")["data"]["columns"]["features"] == ["2019", "2020"]
 
 
 def test_target_in_front(tmp_path: Path, model: Path) -> None:

@@ -15,7 +15,7 @@ START = 5.0  # seconds that loading torch, and the figure at the end, may take o
 
 
 def run_demo(out: Path, small: bool, budget: float, seed: int, as_json: bool) -> None:
-    """Fit the shipped elevators set; ``small`` takes its first rows and a few steps. The results in ``out`` are replaced."""
+    """Fit the shipped elevators set, or with ``small`` its first rows; results in ``out`` are replaced."""
     if small:
         recipe = Recipe(subset=300, subset_steps=15, steps=3, probes=4, depth=20)
     else:

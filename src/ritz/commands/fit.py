@@ -151,7 +151,8 @@ def _history(name: str, title: str, points: int, phase: Phase) -> dict[str, Any]
 
 def _spent(history: dict[str, Any]) -> str:
     loss = f", loss {history['loss'][0]:.4f} to {history['loss'][-1]:.4f}" if history["loss"] else ""
-    text = f"{history['title']}: {len(history['steps'])} steps in {history['seconds']:.1f} s{loss}"
+    count = len(history["steps"])
+    text = f"{history['title']}: {count} step{'' if count == 1 else 's'} in {history['seconds']:.1f} s{loss}"
     return f"{text} ({history['stopped']})" if history["stopped"] else text
 
 

@@ -31,7 +31,9 @@ _EXTRAS = {
 
 def collect() -> dict[str, Any]:
     """Versions, devices, threads and kernel back ends, as plain data."""
-    devices = [{"name": "cpu", "what": platform.processor() or platform.machine(), "cores": os.cpu_count()}]
+    devices: list[dict[str, Any]] = [
+        {"name": "cpu", "what": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    ]
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
         devices.append({"name": f"cuda:{i}", "what": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1)})

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import DomainError
 from ..gp import ExactGP
 from ..gp.fit import fit
-from ..kernels import RBF, Matern, Scale
+from ..kernels import RBF, Matern, Scale, Stationary
 from ..methods import Auto, Lanczos
 from ..solve import Direct
 from ..stochastic.probes import Hutchinson
@@ -26,6 +26,7 @@ from .recipe import KERNELS, Recipe
 DOUBLE_UP_TO = 5000  # rows: float64, and Cholesky in float64 for predictions, cost seconds up to here
 DENSE_UP_TO = 20000  # rows: the largest Cholesky for predictions; n² numbers, 1.6 GB in float32
 ROWS_AT_ONCE = 32  # of a dense covariance: their float64 distances stay in the second-level cache
+TYPICAL_PRODUCTS = 50  # of a step of the second stage
 SUBSET_SHARE = 0.35  # of the time for training that the first stage may take
 
 
@@ -83,7 +84,9 @@ class RegularisedGP(ExactGP):
 
     def log_prior(self) -> Tensor:
         """Log density of the hyper-parameters, up to a constant."""
-        scale, ell = self.kernel.outputscale.double(), self.kernel.base_kernel.lengthscale.double()
+        kernel = self.kernel
+        assert isinstance(kernel, Scale) and isinstance(kernel.base_kernel, Stationary)
+        scale, ell = kernel.outputscale.double(), kernel.base_kernel.lengthscale.double()
         return -0.5 * scale.log().square() - (ell.log() - self._typical).square().sum() / 6
 
     def _dense(self, X: Tensor, y: Tensor) -> Any:
@@ -99,15 +102,21 @@ class RegularisedGP(ExactGP):
 
 
 class Clock:
-    """When training has to end, so that everything is done after ``budget`` seconds; a budget of None never ends."""
+    """When each stage has to end, so that everything is done after ``budget`` seconds; a budget of None never ends.
+
+    Args:
+        budget: seconds from now.
+        reserve: of these, what scoring will take. Training gets at least a third of the budget all the same: hyper-
+            parameters that nobody fitted are worse than an answer that comes late.
+    """
 
     def __init__(self, budget: float | None, reserve: float):
         self._start = time.perf_counter()
-        self._end = math.inf if budget is None else self._start + max(budget - reserve, 0.0)
+        self._length = math.inf if budget is None else max(budget - reserve, budget / 3)
 
     def end(self, share: float = 1.0) -> float:
         """The moment at which ``share`` of the time for training is over."""
-        return self._start + share * (self._end - self._start)
+        return self._start + share * self._length
 
 
 def build(spec: Spec, dimensions: int) -> RegularisedGP:
@@ -126,6 +135,9 @@ def fit_all(gp: RegularisedGP, X: Tensor, y: Tensor, recipe: Recipe, seed: int, 
     """Second stage: Adam on all rows X (n, d), by products; the best step seen is kept."""
     depth = Lanczos(recipe.depth) if recipe.depth else Lanczos(rtol=1e-2)
     gp.logdet = (Hutchinson(recipe.probes, seed=seed), depth)
+    if math.isfinite(clock.end()) and time.perf_counter() + _step_seconds(gp, X, recipe.probes + 1) > clock.end():
+        phase.stopped = "no time for a step"
+        return
     report = fit(gp, X, y, subset=None, steps=recipe.steps, lr=recipe.lr, callback=_follow(phase, clock.end()))
     _check(gp, report.stopped.get("all", ""), phase)
 
@@ -135,10 +147,8 @@ def _follow(phase: Phase, end: float) -> Any:
 
     def step(count: int, loss: float, info: Any) -> bool:
         phase.step(loss)
-        longest = (
-            max(np.diff([0.0, *phase.seconds[-5:]])) if len(phase.seconds) < 5 else max(np.diff(phase.seconds[-5:]))
-        )
-        late = time.perf_counter() + longest > end
+        longest = max(np.diff([0.0, *phase.seconds])[-3:])  # of the latest steps
+        late = bool(time.perf_counter() + longest > end)
         if late:
             phase.stopped = "time is up"
         return late
@@ -177,7 +187,8 @@ def _by_cholesky(gp: RegularisedGP, X: Tensor, y: Tensor, X_new: Tensor) -> tupl
     for a in range(0, len(X), ROWS_AT_ONCE):
         L[a : a + ROWS_AT_ONCE] = gp.kernel(X[a : a + ROWS_AT_ONCE], X).to_dense()
     L.diagonal().add_(gp.noise.to(X.dtype))
-    L, failed = torch.linalg.cholesky_ex(L)
+    L, failed = L.mT, torch.zeros((), dtype=torch.int32)  # symmetric; LAPACK works in place on columns
+    torch.linalg.cholesky_ex(L, out=(L, failed))
     if int(failed):
         raise DomainError(f"the covariance of {len(X)} rows is not positive definite in {X.dtype}: --dtype float64")
     r = (y - gp.mean(X)).unsqueeze(1)
@@ -189,16 +200,27 @@ def _by_cholesky(gp: RegularisedGP, X: Tensor, y: Tensor, X_new: Tensor) -> tupl
         means.append(gp.mean(X_new[a : a + 512]) + (C @ weights).squeeze(1))
         white = torch.linalg.solve_triangular(L, C.mT, upper=False)
         variances.append(
-            (gp.kernel.outputscale.to(X.dtype) - white.square().sum(0)).clamp_min(0.0) + gp.noise.to(X.dtype)
+            (gp.kernel(X_new[:1]).diagonal() - white.square().sum(0)).clamp_min(0.0) + gp.noise.to(X.dtype)
         )
     return torch.cat(means), torch.cat(variances)
 
 
 def prediction_seconds(n: int, rows: int) -> float:
-    """How long :func:`predict` will take here, judged by a Cholesky factorisation of 1500 rows."""
-    size = 1500
-    K = torch.eye(size) * size
-    began = time.perf_counter()
-    torch.linalg.cholesky(K)
-    rate = (size**3 / 3) / (time.perf_counter() - began)
-    return 1.5 * (n**3 / 3 + n * n * rows) / rate + 3.0
+    """How long :func:`predict` may take here, judged by a small Cholesky factorisation (the best of three)."""
+    size, best = 2000, math.inf
+    K = torch.eye(size)
+    for _ in range(3):
+        began = time.perf_counter()
+        torch.linalg.cholesky(K)
+        best = min(best, time.perf_counter() - began)
+    work = n**3 / 3 + n * n * rows if n <= DENSE_UP_TO else 80 * n * n * rows
+    return 1.3 * work * best / (size**3 / 3) + 2.0
+
+
+def _step_seconds(gp: RegularisedGP, X: Tensor, columns: int) -> float:
+    """How long one step of the second stage may take here, judged by one block product."""
+    V = torch.ones(len(X), columns, dtype=X.dtype)
+    with torch.no_grad():
+        began = time.perf_counter()
+        gp.covariance(X) @ V
+    return TYPICAL_PRODUCTS * (time.perf_counter() - began)

@@ -16,7 +16,7 @@ import ritz
 
 from .dataset import Columns, Scaling
 from .failure import CommandError, one_line, optional, reason
-from .model import Spec, build
+from .model import RegularisedGP, Spec, build
 
 TENSORS, FACTS = "model.safetensors", "model.json"
 _FORMAT, _VERSION = "ritz-gp", 1
@@ -34,7 +34,7 @@ class Saved:
     """
 
     spec: Spec
-    gp: torch.nn.Module
+    gp: RegularisedGP
     X: Tensor
     y: Tensor
     columns: Columns

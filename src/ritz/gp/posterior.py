@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 64 * 2**20  # of cross-covariances n × b that are held at a time
 RANK = 100  # of the preconditioner of the solves
+# Conditioning is done once and asked for many points: up to here a dense float64 factor (n³/3 operations, 2 GiB at most)
+# costs less than the tens of products for every test point's variance that CG would need. solver=CG(...) overrides it.
+FACTOR_UP_TO = 16384
 
 
 class Posterior:
@@ -32,8 +35,8 @@ class Posterior:
         weights: K̂⁻¹ (y − m), (n,).
         info: report of the solve behind the weights (None on the dense path).
 
-    Cost: dense path: one factorisation in float64, then n² per test point. Iterative path: one preconditioned CG solve,
-    n per test point for the mean, and CG on blocks of test points for variances (each step costs n² per point).
+    Cost: n ≤ 16384: one factorisation in float64, then n² per test point. Beyond, or with ``solver=CG(...)``: one
+    preconditioned CG solve, n per test point for the mean, and CG on blocks of test points for variances.
     """
 
     def __init__(self, gp: ExactGP, X: Tensor, y: Tensor) -> None:
@@ -43,9 +46,10 @@ class Posterior:
         self._L: Tensor | None = None
         with torch.no_grad():
             r = y - self.gp.mean(X)
-            if isinstance(self.gp.method(X.shape[0]), Direct):
+            solver = self.gp.solver
+            if isinstance(solver, Direct) or (not isinstance(solver, CG) and X.shape[0] <= FACTOR_UP_TO):
+                self._L = self._factor()
                 with full_precision():
-                    self._L = likelihood.cholesky(self.gp.dense_covariance(X), X, self.gp.noise)
                     self.weights = torch.cholesky_solve(r.double().unsqueeze(1), self._L).squeeze(1).to(y.dtype)
                 return
             self._A = self.gp.covariance(X)
@@ -76,6 +80,17 @@ class Posterior:
         parts = [self._variance(Xs[a : a + block]) for a in range(0, Xs.shape[0], block)]
         v = torch.cat(parts) if parts else Xs.new_zeros(0)
         return v + self.gp.noise.to(v.dtype) if noise else v
+
+    @torch.no_grad()
+    def _factor(self) -> Tensor:
+        """The Cholesky factor of K̂ in float64, the matrix made in blocks of columns (two n² at the peak)."""
+        X, n = self.X.double(), self.X.shape[0]
+        K = torch.empty(n, n, dtype=torch.float64, device=X.device)
+        for a in range(0, n, 512):
+            K[:, a : a + 512] = self.gp.kernel.evaluate(X, X[a : a + 512])
+        K.diagonal().add_(self.gp.noise.double())
+        with full_precision():
+            return likelihood.cholesky(K, self.X, self.gp.noise)
 
     def _variance(self, Xs: Tensor) -> Tensor:
         prior = torch.cat([self.gp.kernel(Xs[a : a + 64]).diagonal() for a in range(0, Xs.shape[0], 64)])
