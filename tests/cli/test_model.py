@@ -86,6 +86,16 @@ def test_no_step_is_begun_that_cannot_end_in_time(data: Path, tmp_path: Path, ca
     assert "48 rows: Krylov, Adam: 0 steps" in capsys.readouterr().out
 
 
+def test_the_number_of_threads_is_restored(data: Path, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert fit(data, tmp_path / "out", "--budget", "60") == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_few_rows_are_scored_where_that_is_costly(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "DENSE_UP_TO", 40)
     monkeypatch.setattr(fit_module, "SCORED", 5)

@@ -135,10 +135,14 @@ def fit_all(gp: RegularisedGP, X: Tensor, y: Tensor, recipe: Recipe, seed: int, 
     """Second stage: Adam on all rows X (n, d), by products; the best step seen is kept."""
     depth = Lanczos(recipe.depth) if recipe.depth else Lanczos(rtol=1e-2)
     gp.logdet = (Hutchinson(recipe.probes, seed=seed), depth)
-    if math.isfinite(clock.end()) and time.perf_counter() + _step_seconds(gp, X, recipe.probes + 1) > clock.end():
-        phase.stopped = "no time for a step"
-        return
-    report = fit(gp, X, y, subset=None, steps=recipe.steps, lr=recipe.lr, callback=_follow(phase, clock.end()))
+    threads = torch.get_num_threads()
+    try:
+        if math.isfinite(clock.end()) and time.perf_counter() + _step_seconds(gp, X, recipe.probes + 1) > clock.end():
+            phase.stopped = "no time for a step"
+            return
+        report = fit(gp, X, y, subset=None, steps=recipe.steps, lr=recipe.lr, callback=_follow(phase, clock.end()))
+    finally:
+        torch.set_num_threads(threads)
     _check(gp, report.stopped.get("all", ""), phase)
 
 
@@ -218,9 +222,19 @@ def prediction_seconds(n: int, rows: int) -> float:
 
 
 def _step_seconds(gp: RegularisedGP, X: Tensor, columns: int) -> float:
-    """How long one step of the second stage may take here, judged by one block product."""
+    """How long one step of the second stage may take here, judged by one block product.
+
+    Leaves the number of threads at one where that is faster: on a machine with other work to do, threads that wait for
+    each other at every tile can be ten times slower than a single one.
+    """
     V = torch.ones(len(X), columns, dtype=X.dtype)
+    many, seconds = torch.get_num_threads(), {}
     with torch.no_grad():
-        began = time.perf_counter()
-        gp.covariance(X) @ V
-    return TYPICAL_PRODUCTS * (time.perf_counter() - began)
+        for threads in sorted({1, many}):
+            torch.set_num_threads(threads)
+            began = time.perf_counter()
+            gp.covariance(X) @ V
+            seconds[threads] = time.perf_counter() - began
+    best = min(seconds, key=lambda threads: seconds[threads])
+    torch.set_num_threads(best)
+    return TYPICAL_PRODUCTS * seconds[best]
