@@ -35,6 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, help="how often all contestants take turns; samples are pooled (default 3)"
     )
+    parser.add_argument("--seconds", type=float, default=20.0, help="no more samples of one configuration after that")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: torch contestants only")
     parser.add_argument("--data", help="folder that holds bloweybq.mtx.gz (or set RITZ_DATA)")
@@ -125,7 +126,7 @@ def benchmark(options: argparse.Namespace, path: Path, environment: dict) -> dic
     import _report
 
     files, about = make_references(options)
-    measure = {"min_runs": 3, "min_time": 0.1, "max_time": 5.0} if options.quick else {}
+    measure = {"min_runs": 3, "min_time": 0.1, "max_time": 5.0} if options.quick else {"max_time": options.seconds}
     records: list[dict] = []
     chosen: dict[tuple[str, str], str | None] = {}
     result = {"environment": environment, "quick": options.quick, "rounds": options.rounds, "problems": about}

@@ -32,9 +32,9 @@ def test_predictions_are_the_same_on_every_path(dtype: str, rtol: float, monkeyp
     gp = model.build(spec, 3)
     new = X[:40] + 0.1
     exact = model.predict(gp, X, y, new)
-    monkeypatch.setattr(model, "DOUBLE_UP_TO", 10)
+    monkeypatch.setattr("ritz.gp.posterior.DOUBLE_UP_TO", 10)
     middle = model.predict(gp, X, y, new)
-    monkeypatch.setattr(model, "DENSE_UP_TO", 20)
+    monkeypatch.setattr("ritz.gp.posterior.FACTOR_UP_TO", 20)
     gp.logdet = (model.Hutchinson(2), model.Lanczos(5))
     large = model.predict(gp, X, y, new)
     for found, tolerance in ((middle, rtol), (large, 1e-3)):
@@ -97,7 +97,7 @@ def test_the_number_of_threads_is_restored(data: Path, tmp_path: Path) -> None:
 
 
 def test_few_rows_are_scored_where_that_is_costly(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "DENSE_UP_TO", 40)
+    monkeypatch.setattr(model, "FACTOR_UP_TO", 40)
     monkeypatch.setattr(fit_module, "SCORED", 5)
     data = write(tmp_path / "t.csv", text(numbers()))
     assert fit(data, tmp_path / "out") == 0

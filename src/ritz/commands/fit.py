@@ -104,11 +104,11 @@ def _fit(problem: Problem, options: FitOptions, console: Console) -> Fitted:
     spec = model.Spec(recipe.kernel, recipe.ard, recipe.dtype or model.default_dtype(n))
     X, X_test = (spec.tensor(scaling.inputs(problem.X[rows])) for rows in (problem.train, problem.test))
     y, y_test = spec.tensor(scaling.targets(problem.y[problem.train])), problem.y[problem.test]
-    if n > model.DENSE_UP_TO and len(y_test) > SCORED:
+    if n > model.FACTOR_UP_TO and len(y_test) > SCORED:
         scored = np.sort(np.random.default_rng(options.seed).permutation(len(y_test))[:SCORED])
         X_test, y_test = X_test[scored], y_test[scored]
         console.fact(
-            "", f"scored on {SCORED} of the test rows: standard deviations are costly above {model.DENSE_UP_TO} rows"
+            "", f"scored on {SCORED} of the test rows: standard deviations are costly above {model.FACTOR_UP_TO} rows"
         )
     gp = model.build(spec, X.shape[1])
     reserve = 0.0 if recipe.budget is None else model.prediction_seconds(n, len(y_test))

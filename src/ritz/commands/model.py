@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -12,20 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import DomainError
 from ..gp import ExactGP
 from ..gp.fit import fit
+from ..gp.posterior import DOUBLE_UP_TO, FACTOR_UP_TO
 from ..kernels import RBF, Matern, Scale, Stationary
-from ..methods import Auto, Lanczos
+from ..methods import Lanczos
 from ..solve import Direct
 from ..stochastic.probes import Hutchinson
 from .console import Phase
 from .failure import CommandError
 from .recipe import KERNELS, Recipe
 
-DOUBLE_UP_TO = 5000  # rows: float64, and Cholesky in float64 for predictions, cost seconds up to here
-DENSE_UP_TO = 20000  # rows: the largest Cholesky for predictions; n² numbers, 1.6 GB in float32
-ROWS_AT_ONCE = 32  # of a dense covariance: their float64 distances stay in the second-level cache
 TYPICAL_PRODUCTS = 50  # of a step of the second stage
 SUBSET_SHARE = 0.35  # of the time for training that the first stage may take
 
@@ -170,43 +166,10 @@ def _check(gp: RegularisedGP, reason: str, phase: Phase) -> None:
 
 
 def predict(gp: RegularisedGP, X: Tensor, y: Tensor, X_new: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of new observations (noise included), as float64 arrays.
-
-    Up to 5000 rows by Cholesky in float64, up to 20000 by Cholesky in the model's dtype, beyond by conjugate gradients.
-    """
+    """Mean and standard deviation of new observations (noise included), as float64 arrays."""
     with torch.no_grad():
-        if DOUBLE_UP_TO < len(X) <= DENSE_UP_TO:
-            mean, variance = _by_cholesky(gp, X, y, X_new)
-        else:
-            gp = copy.copy(gp)
-            if len(X) <= DOUBLE_UP_TO:
-                gp.solver, gp.logdet = Direct(), Auto()
-            mean, variance = gp.condition(X, y).predict(X_new, noise=True)
+        mean, variance = gp.condition(X, y).predict(X_new, noise=True)
     return mean.double().numpy(), variance.double().sqrt().numpy()
-
-
-def _by_cholesky(gp: RegularisedGP, X: Tensor, y: Tensor, X_new: Tensor) -> tuple[Tensor, Tensor]:
-    """The exact posterior from one factorisation in the dtype of X; the weights are refined by one product."""
-    L = torch.empty(len(X), len(X), dtype=X.dtype)
-    for a in range(0, len(X), ROWS_AT_ONCE):
-        L[a : a + ROWS_AT_ONCE] = gp.kernel(X[a : a + ROWS_AT_ONCE], X).to_dense()
-    L.diagonal().add_(gp.noise.to(X.dtype))
-    L, failed = L.mT, torch.zeros((), dtype=torch.int32)  # symmetric; LAPACK works in place on columns
-    torch.linalg.cholesky_ex(L, out=(L, failed))
-    if int(failed):
-        raise DomainError(f"the covariance of {len(X)} rows is not positive definite in {X.dtype}: --dtype float64")
-    r = (y - gp.mean(X)).unsqueeze(1)
-    weights = torch.cholesky_solve(r, L)
-    weights += torch.cholesky_solve(r - gp.covariance(X) @ weights, L)
-    means, variances = [], []
-    for a in range(0, len(X_new), 512):
-        C = torch.cat([gp.kernel(P, X).to_dense() for P in X_new[a : a + 512].split(ROWS_AT_ONCE)])
-        means.append(gp.mean(X_new[a : a + 512]) + (C @ weights).squeeze(1))
-        white = torch.linalg.solve_triangular(L, C.mT, upper=False)
-        variances.append(
-            (gp.kernel(X_new[:1]).diagonal() - white.square().sum(0)).clamp_min(0.0) + gp.noise.to(X.dtype)
-        )
-    return torch.cat(means), torch.cat(variances)
 
 
 def prediction_seconds(n: int, rows: int) -> float:
@@ -217,7 +180,7 @@ def prediction_seconds(n: int, rows: int) -> float:
         began = time.perf_counter()
         torch.linalg.cholesky(K)
         best = min(best, time.perf_counter() - began)
-    work = n**3 / 3 + n * n * rows if n <= DENSE_UP_TO else 80 * n * n * rows
+    work = n**3 / 3 + n * n * rows if n <= FACTOR_UP_TO else 80 * n * n * rows
     return 1.3 * work * best / (size**3 / 3) + 2.0
 
 

@@ -110,7 +110,7 @@ class _Loop:
         self.count += 1
         self.report.history.append((stage, self.count, loss, time.monotonic() - self.start))
         self.report.info = info
-        asked = self.callback is not None and self.callback(self.count, loss, info) is True
+        asked = self.callback is not None and bool(self.callback(self.count, loss, info))
         return asked or self.late()
 
 

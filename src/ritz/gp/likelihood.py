@@ -20,22 +20,28 @@ from ..solve import CG, Direct, solve
 from ..stochastic.probes import Hutchinson, mean_and_error
 
 
-def cholesky(K: Tensor, X: Tensor, noise: Tensor) -> Tensor:
+def cholesky(K: Tensor, X: Tensor, noise: Tensor, *, overwrite: bool = False) -> Tensor:
     """The factor L of a dense covariance K (n, n) that has the noise on its diagonal; differentiable to any order.
+
+    With ``overwrite`` it takes K's place in memory, without a gradient.
 
     Nothing is ever added to the diagonal: a jitter changes the model, and so is the caller's to choose.
 
     Raises:
         DomainError: K is not positive definite in its precision; with what is known about why.
     """
-    L, failed = torch.linalg.cholesky_ex(K)
+    top = float(K.detach().diagonal().max())
+    if overwrite:
+        L, failed = K.mT, torch.zeros((), dtype=torch.int32, device=K.device)  # LAPACK works in place on columns
+        torch.linalg.cholesky_ex(L, out=(L, failed))
+    else:
+        L, failed = torch.linalg.cholesky_ex(K)
     if int(failed) == 0:
         return L
     n, order = K.shape[0], int(failed)
     with torch.no_grad():
-        smallest = float(L.diagonal()[: order - 1].square().min()) if order > 1 else float(K[0, 0])
+        smallest = float(L.diagonal()[: order - 1].square().min()) if order > 1 else top
         duplicates = n - torch.unique(X, dim=0).shape[0]
-        top = float(K.diagonal().max())
     raise DomainError(
         f"the covariance of n = {n} points in {K.dtype} is not positive definite: pivot {order} of {n} came out <= 0 "
         f"(the smallest before it was {smallest:.3g}, the largest variance is {top:.3g}). The noise variance is "

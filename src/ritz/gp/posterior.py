@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 64 * 2**20  # of cross-covariances n × b that are held at a time
 RANK = 100  # of the preconditioner of the solves
-# Conditioning is done once and asked for many points: up to here a dense float64 factor (n³/3 operations, 2 GiB at most)
-# costs less than the tens of products for every test point's variance that CG would need. solver=CG(...) overrides it.
-FACTOR_UP_TO = 16384
+# Conditioning is done once and asked for many points: up to here a dense factor (n³/3 operations, n² numbers) costs
+# less than the tens of products for every test point's variance that CG would need. solver=CG(...) overrides it.
+FACTOR_UP_TO = 20000
+DOUBLE_UP_TO = 5000  # in float64 up to here, beyond in the dtype of the points
+ROWS_AT_ONCE = 32  # of a dense covariance: their float64 distances stay in the second-level cache
 
 
 class Posterior:
@@ -35,8 +37,9 @@ class Posterior:
         weights: K̂⁻¹ (y − m), (n,).
         info: report of the solve behind the weights (None on the dense path).
 
-    Cost: n ≤ 16384: one factorisation in float64, then n² per test point. Beyond, or with ``solver=CG(...)``: one
-    preconditioned CG solve, n per test point for the mean, and CG on blocks of test points for variances.
+    Cost: n ≤ 20000: one factorisation, in float64 for n ≤ 5000 and in the dtype of X beyond, then n² per test point.
+    Larger n, or ``solver=CG(...)``: one preconditioned CG solve, n per test point for the mean, and CG on blocks of
+    test points for variances.
     """
 
     def __init__(self, gp: ExactGP, X: Tensor, y: Tensor) -> None:
@@ -48,9 +51,13 @@ class Posterior:
             r = y - self.gp.mean(X)
             solver = self.gp.solver
             if isinstance(solver, Direct) or (not isinstance(solver, CG) and X.shape[0] <= FACTOR_UP_TO):
-                self._L = self._factor()
+                self._L = L = self._factor()
                 with full_precision():
-                    self.weights = torch.cholesky_solve(r.double().unsqueeze(1), self._L).squeeze(1).to(y.dtype)
+                    r = r.to(L.dtype).unsqueeze(1)
+                    w = torch.cholesky_solve(r, L)
+                    if L.dtype != torch.float64:  # one step of refinement, the residual by a product
+                        w += torch.cholesky_solve(r - self.gp.covariance(X) @ w, L)
+                    self.weights = w.squeeze(1).to(y.dtype)
                 return
             self._A = self.gp.covariance(X)
             likelihood.warn_of_rounding(self._A, self.gp.noise)
@@ -70,7 +77,7 @@ class Posterior:
     def variance(self, Xs: Tensor, *, noise: bool = False) -> Tensor:
         """The variance of f(Xs), or with ``noise=True`` that of a new observation there, shape (n*,).
 
-        Never negative. Dense path: k** − ‖L⁻¹k*‖² in float64, where only rounding, at most n·eps·k**, is cut off.
+        Never negative. Dense path: k** − ‖L⁻¹k*‖², where only rounding, at most n·eps·k**, is cut off.
         Iterative path: k** − (2 k*ᵀx − xᵀK̂x) with x from CG. What is subtracted is k*ᵀK̂⁻¹k* − ‖x − K̂⁻¹k*‖²_K̂, so that
         an unconverged x can only enlarge the variance, and the error is the square of that of x.
         """
@@ -83,21 +90,24 @@ class Posterior:
 
     @torch.no_grad()
     def _factor(self) -> Tensor:
-        """The Cholesky factor of K̂ in float64, the matrix made in blocks of columns (two n² at the peak)."""
-        X, n = self.X.double(), self.X.shape[0]
-        K = torch.empty(n, n, dtype=torch.float64, device=X.device)
-        for a in range(0, n, 512):
-            K[:, a : a + 512] = self.gp.kernel.evaluate(X, X[a : a + 512])
-        K.diagonal().add_(self.gp.noise.double())
+        """The Cholesky factor of K̂, in the place of the dense matrix."""
+        n = self.X.shape[0]
+        double = n <= DOUBLE_UP_TO or isinstance(self.gp.solver, Direct)
+        X = self.X.double() if double else self.X
+        K = torch.empty(n, n, dtype=X.dtype, device=X.device)
+        for a in range(0, n, ROWS_AT_ONCE):
+            K[a : a + ROWS_AT_ONCE] = self.gp.kernel(X[a : a + ROWS_AT_ONCE], X).to_dense()
+        K.diagonal().add_(self.gp.noise.to(X.dtype))
         with full_precision():
-            return likelihood.cholesky(K, self.X, self.gp.noise)
+            return likelihood.cholesky(K, self.X, self.gp.noise, overwrite=True)
 
     def _variance(self, Xs: Tensor) -> Tensor:
         prior = torch.cat([self.gp.kernel(Xs[a : a + 64]).diagonal() for a in range(0, Xs.shape[0], 64)])
         if self._L is not None:
-            C = self.gp.kernel.evaluate(self.X.double(), Xs.double())
-            white = torch.linalg.solve_triangular(self._L, C, upper=False)
-            return (prior.double() - white.square().sum(0)).clamp_min(0.0).to(Xs.dtype)
+            dtype = self._L.dtype
+            C = torch.cat([self.gp.kernel(P, self.X.to(dtype)).to_dense() for P in Xs.to(dtype).split(ROWS_AT_ONCE)])
+            white = torch.linalg.solve_triangular(self._L, C.mT, upper=False)
+            return (prior.to(dtype) - white.square().sum(0)).clamp_min(0.0).to(Xs.dtype)
         C = self.gp.kernel(self.X, Xs).to_dense()
         with torch.no_grad():
             x = solve(self._A, C.detach(), method=self._solver(), preconditioner=self._P)
