@@ -121,7 +121,7 @@ def live_bytes():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for x in gc.get_objects():
-            if type(x) in (torch.Tensor, torch.nn.Parameter):
+            if type(x) in (torch.Tensor, torch.nn.Parameter) and x.layout == torch.strided:
                 storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
     return sum(storages.values())
 

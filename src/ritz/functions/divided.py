@@ -18,6 +18,8 @@ from ..numerics import in_transform
 
 Function = Callable[[Tensor], Tensor]
 
+_RULES = {nodes: np.polynomial.legendre.leggauss(nodes) for nodes in (12, 16)}
+
 
 def derivative(f: Function, x: Tensor) -> Tensor:
     """f'(x) elementwise by autograd; complex x is differentiated as for a holomorphic f."""
@@ -92,7 +94,7 @@ def divided_difference(f: Function, a: Tensor, b: Tensor) -> Tensor:
 
 def _integral(f: Function, a: Tensor, b: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
     """∫₀¹ f'(b + s(a − b)) ds by Gauss–Legendre quadrature, and the same of |f'|."""
-    points, weights = np.polynomial.legendre.leggauss(nodes)
+    points, weights = _RULES[nodes]
     s = torch.as_tensor(0.5 * (points + 1), dtype=a.real.dtype, device=a.device)
     w = torch.as_tensor(0.5 * weights, dtype=a.real.dtype, device=a.device)
     slopes = derivative(f, b + s.unsqueeze(1) * (a - b))

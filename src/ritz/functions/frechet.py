@@ -32,11 +32,13 @@ def symmetric_core(space: HermitianSpace, weights: Sequence[tuple[ScalarFunction
     For a quadratic form u = v: the forward space serves both sides, and no further product is needed.
     """
     w, U, first = space.ritz, space.vectors, space.first
-    total = torch.zeros_like(U)
+    i, j = torch.triu_indices(w.shape[1], w.shape[1], device=w.device)  # f[a, b] = f[b, a]: half of them will do
+    both = first[:, i] * first[:, j]
+    total = torch.zeros_like(both)
     for f, g in weights:
-        ratio = slopes(f, w.unsqueeze(2), w.unsqueeze(1), first.unsqueeze(2) * first.unsqueeze(1))
-        total = total + g.double()[:, None, None] * ratio
-    inner = total * first.unsqueeze(2) * first.unsqueeze(1)
+        total = total + g.double().unsqueeze(1) * slopes(f, w[:, i], w[:, j], both)
+    inner = torch.zeros_like(U)
+    inner[:, i, j] = inner[:, j, i] = total * both
     return U @ inner @ U.mT
 
 

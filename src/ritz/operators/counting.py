@@ -67,15 +67,6 @@ class Counting(LinearOperator):
 
         return apply
 
-    def columns(self, idx: Tensor | Sequence[int]) -> Tensor:
-        # Entries that the operator knows are no products; those that it has to multiply for are counted
-        by_product = type(self.operator).columns is LinearOperator.columns
-        return super().columns(idx) if by_product else self.operator.columns(idx)
-
-    def diagonal(self) -> Tensor:
-        by_product = type(self.operator).diagonal is LinearOperator.diagonal
-        return super().diagonal() if by_product else self.operator.diagonal()
-
     def tensors(self) -> tuple[Tensor, ...]:
         return self.operator.tensors()
 
