@@ -77,6 +77,7 @@ def lanczos(A: LinearOperator, v: Tensor, k: int, *, reorthogonalize: bool = Tru
     Reference: Krämer, Moreno-Muñoz, Roy, Hauberg 2024; docs/derivations/lanczos.md.
     """
     A = aslinearoperator(A)
+    A = aslinearoperator(A)
     check_square(A, "Lanczos")
     if A.hermitian is False:
         raise OperandError("Lanczos needs a Hermitian operator; use arnoldi, or A.declare(hermitian=True) if it is")
@@ -117,6 +118,7 @@ def arnoldi(A: LinearOperator, v: Tensor, k: int, *, reorthogonalize: bool = Tru
     one pass of classical Gram–Schmidt a step.
     """
     A = aslinearoperator(A)
+    A = aslinearoperator(A)
     check_square(A, "Arnoldi")
     V = _start(A, v, k, A.shape[0])
     with Run(A, V) as run:
@@ -147,6 +149,7 @@ def golub_kahan(A: LinearOperator, v: Tensor, k: int, *, reorthogonalize: bool =
     Arguments, errors and gradient as in :func:`lanczos`, for any operator, rectangular or not.
     Cost: k products and k adjoint products; backward the same again and two pairings of width k.
     """
+    A = aslinearoperator(A)
     A = aslinearoperator(A)
     V = _start(A, v, k, A.shape[1])
     with Run(A, V) as run:
