@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,14 +23,15 @@ from .divided import derivative, divided_difference
 
 
 @dataclass(frozen=True)
-class ScalarFunction:
+class ScalarFunction(ABC):
     """Base: a function of eigenvalues.
 
     Subclasses give ``__call__`` and, where it is known in closed form, ``divided_difference`` and ``matrix``.
     """
 
+    @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
-        raise NotImplementedError  # pragma: no cover
+        """f(x), elementwise."""
 
     def divided_difference(self, a: Tensor, b: Tensor) -> Tensor:
         """f[a, b], broadcasting; f'(a) on ties."""
@@ -53,7 +55,8 @@ class ScalarFunction:
         return True
 
     def check_domain(self, ritz: Tensor) -> None:
-        """Raise DomainError when a real Ritz value lies outside of the domain."""
+        """Raise DomainError when a real Ritz value lies outside of the domain; here there is no outside."""
+        return None
 
 
 def _positive(ritz: Tensor, name: str) -> None:

@@ -12,6 +12,7 @@ that makes the distances).
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from ..errors import OperandError
 
 
 @dataclass(frozen=True)
-class Profile:
+class Profile(ABC):
     """Base: k(r²) with k(0) = 1, decreasing.
 
     Attributes:
@@ -31,34 +32,35 @@ class Profile:
     """
 
     @property
+    @abstractmethod
     def scale(self) -> float:
-        raise NotImplementedError  # pragma: no cover
+        """Factor of r² in tiles."""
 
     rough = False
 
+    @abstractmethod
     def __call__(self, r2: Tensor) -> Tensor:
         """k(r²), differentiable to any order with the right values at r² = 0 (see the module's text)."""
-        raise NotImplementedError  # pragma: no cover
 
+    @abstractmethod
     def derivative(self, r2: Tensor) -> Tensor:
         """dk/d(r²)."""
-        raise NotImplementedError  # pragma: no cover
 
+    @abstractmethod
     def second(self, r2: Tensor) -> Tensor:
         """d²k/d(r²)²; 0 at r² = 0 where it is infinite (it meets factors r⁴ there)."""
-        raise NotImplementedError  # pragma: no cover
 
+    @abstractmethod
     def clamp_(self, t: Tensor) -> Tensor:
         """Rounded t back into [0, scale·∞) in place, and away from where exp makes subnormal numbers."""
-        raise NotImplementedError  # pragma: no cover
 
+    @abstractmethod
     def values_(self, t: Tensor, work: Tensor) -> Tensor:
         """k in place of a clamped t; ``work`` has the same shape and is overwritten."""
-        raise NotImplementedError  # pragma: no cover
 
+    @abstractmethod
     def slopes_(self, t: Tensor, work: Tensor) -> tuple[Tensor, Tensor]:
         """(dk/dt, k) of a clamped t, in the memory of t and work (both are overwritten; they may come out as one)."""
-        raise NotImplementedError  # pragma: no cover
 
 
 def _lowest(dtype: torch.dtype) -> float:
