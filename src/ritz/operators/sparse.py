@@ -67,7 +67,7 @@ class Sparse(LinearOperator):
         """From a sparse COO, CSR, CSC, BSR or BSC tensor; gradients flow back in its own layout."""
         if x.ndim != 2:
             raise OperandError(f"a sparse operator needs a 2-D tensor; got shape {tuple(x.shape)}")
-        _announce()
+        announce_csr()
         if x.layout == torch.sparse_csr:
             out = cls(x.crow_indices(), x.col_indices(), _csr_values(x), x.shape, hermitian=hermitian, psd=psd)
         elif x.layout == torch.sparse_coo:
@@ -218,7 +218,7 @@ def _pointers(index: Tensor, size: int, dtype: torch.dtype = torch.long) -> Tens
 
 
 def _csr(crow: Tensor, col: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
-    _announce()
+    announce_csr()
     return torch.sparse_csr_tensor(crow, col, values, tuple(shape), check_invariants=False)
 
 
@@ -241,7 +241,7 @@ def _entries(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _announce() -> None:
+def announce_csr() -> None:
     """Let torch say once a process, unheard, that CSR is in beta; we use its products and conversions only.
 
     Filters are global to the process, so they are not touched around every use.

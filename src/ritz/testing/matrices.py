@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..operators.sparse import announce_csr
+
 __all__ = [
     "CoraGraph",
     "advection_diffusion_1d",
@@ -145,6 +147,7 @@ def cora_graph() -> CoraGraph:
         rest = {name: torch.from_numpy(data[name]) for name in ("labels", "train", "val", "test")}
     # The file stores both directions of every edge.
     edges = torch.unique(directed.sort(dim=1).values, dim=0)
+    announce_csr()
     features = torch.sparse_csr_tensor(parts[0].long(), parts[1].long(), parts[2], size=shape, check_invariants=True)
     return CoraGraph(edges=edges, features=features, **rest)
 
