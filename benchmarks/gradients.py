@@ -151,6 +151,7 @@ def benchmark(options: argparse.Namespace, path: Path, environment: dict) -> dic
         for problem in about:
             for name in contestants_for(problem, options, turn=turn):
                 run(name, problem, "time", options.ks, turn == 0)
+        result["rounds_done"] = turn + 1
         save()
     if not (options.no_memory or options.quick):
         for problem in about:
