@@ -65,7 +65,7 @@ def test_operator_contract_without_gradients_of_points_and_in_float32(name):
     kernel = KERNELS[name]()
     check_operator(kernel(points(12, 3, torch.float32), backend=Tiles(5)), rtol=1e-3)
     check_operator(kernel(points(12, 3, torch.float32), points(4, 3, torch.float32, 1)), rtol=1e-3)
-    check_operator(kernel(points(12, 3), backend=Stored()))
+    check_operator(kernel(points(12, 3), backend=Stored()), rtol=1e-6)  # parameters' gradients are float32
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -317,3 +317,22 @@ def test_memory_stays_in_tiles():
             peak = max(peak, held)
     assert peak < 64 * 2**20
     assert bool(torch.isfinite(X.grad).all())
+
+
+@pytest.mark.parametrize("name", ["matern32 scaled", "sum"])
+def test_stored_matrix_follows_its_parameters_and_is_twice_differentiable(name):
+    kernel, X = KERNELS[name]().double(), points(12, 3, repeat=False).requires_grad_(True)
+    v = torch.linspace(-1, 1, 12, dtype=torch.float64)
+    K = kernel(X, backend=Stored())
+    assert (K @ v).equal(K @ v)
+    with torch.no_grad():
+        for p in kernel.parameters():
+            p += 0.3
+        X[0] += 0.1
+    torch.testing.assert_close(K @ v, direct(kernel, X, X) @ v)
+    x = torch.full_like(v, 0.5).requires_grad_(True)
+    if name != "sum":  # Matérn 1/2 has no second derivative on the diagonal
+        assert torch.autograd.gradgradcheck(lambda x: K @ x, (x,)) and torch.autograd.gradgradcheck(
+            lambda X: kernel(X, backend=Stored()) @ v, (X,)
+        )
+    check_operator(kernel(X, X[:5].detach(), backend=Stored()))

@@ -1,10 +1,12 @@
 """Kernels on points, and their matrices as operators that never exist as a whole."""
 
-from .backends import Stored, Tiles
+from .backends import Stored
 from .base import RBF, AdditiveKernel, Kernel, Matern, ProductKernel, Scale, Stationary
 from .evaluated import EvaluatedOperator
 from .profiles import Gaussian, MaternProfile, Profile
+from .stored import StoredOperator
 from .tiled import StationaryOperator
+from .torch_tiles import Tiles
 
 __all__ = [
     "RBF",
@@ -20,5 +22,6 @@ __all__ = [
     "Stationary",
     "StationaryOperator",
     "Stored",
+    "StoredOperator",
     "Tiles",
 ]

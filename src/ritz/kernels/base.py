@@ -14,12 +14,16 @@ from torch import Tensor, nn
 from ..errors import OperandError
 from ..methods import Auto
 from ..numerics import check_finite
-from ..operators import Dense, LinearOperator, Sum
-from .backends import Backend, Stored, Tiles, choose
+from ..operators import LinearOperator, Sum
+from .backends import Backend, Stored, choose
+from .distances import origin_of, squared_distances
 from .evaluated import EvaluatedOperator
+from .forms import Form, ScaledForm
 from .parameters import assign, positive
 from .profiles import Gaussian, MaternProfile, Profile
-from .tiled import StationaryOperator, scale_points, squared_distances
+from .stored import StoredOperator
+from .tiled import StationaryOperator
+from .torch_tiles import Tiles
 
 
 class Kernel(nn.Module, ABC):
@@ -43,7 +47,7 @@ class Kernel(nn.Module, ABC):
         Args:
             X: points (n, d), or (n,) for d = 1; floating point.
             Z: points (m, d), or None for X itself.
-            backend: ``Tiles()``, ``Stored()`` (the dense matrix), or ``Auto()``, which is Tiles.
+            backend: ``Tiles()``, ``Stored()`` (the dense matrix, kept), or ``Auto()``, which is Tiles.
 
         Returns:
             An operator (n, m) with gradients in the points and every hyper-parameter; Hermitian psd for Z = None.
@@ -53,11 +57,11 @@ class Kernel(nn.Module, ABC):
             NonFiniteError: NaN or Inf in the points.
         """
         X, Z = self._check(X, Z)
-        chosen = choose(backend)
-        if isinstance(chosen, Stored):
-            same = Z is None
-            return Dense(self.evaluate(X, Z), hermitian=same, psd=same or None)
-        return self.operator(X, Z, (), chosen)
+        if not isinstance(backend, (Auto, Tiles, Stored)):
+            raise OperandError(f"backend={backend!r}; expected Auto(), Stored() or a back end of tiles")
+        if isinstance(backend, Stored):
+            return StoredOperator(self.operator(X, Z, (), choose(backend.tiles)))
+        return self.operator(X, Z, (), choose(backend))
 
     def operator(self, X: Tensor, Z: Tensor | None, raw_scales: Sequence[Tensor], backend: Tiles) -> LinearOperator:
         """The operator of this kernel times the factors that belong to ``raw_scales``; for checked points."""
@@ -131,6 +135,7 @@ class Stationary(Kernel):
         self.raw_lengthscale = nn.Parameter(torch.zeros(1, ard_num_dims or 1))
         index = None if active_dims is None else torch.as_tensor(list(active_dims), dtype=torch.long)
         self.register_buffer("active_dims", index)
+        self._columns = None if index is None else tuple(int(i) for i in index)
         self.lengthscale = lengthscale
 
     @property
@@ -153,14 +158,23 @@ class Stationary(Kernel):
 
     def evaluate(self, X: Tensor, Z: Tensor | None = None) -> Tensor:
         X, Z = self._check(X, Z)
-        U, V = scale_points(X, Z, self.raw_lengthscale, self.active_dims)
-        return self.profile(squared_distances(U, V, Z is None))
+        origin, parameters = origin_of(X), self.form_parameters()
+        U = self.form.coordinates(X, origin, *parameters)
+        V = U if Z is None else self.form.coordinates(Z, origin, *parameters)
+        return self.form.entries(squared_distances(U, V, Z is None), *parameters)
+
+    @property
+    def form(self) -> Form:
+        """Coordinates and profile, as functions of :meth:`form_parameters`."""
+        return ScaledForm(self._columns, self.profile)
+
+    def form_parameters(self) -> tuple[Tensor, ...]:
+        """The raw parameters that the form reads."""
+        return (self.raw_lengthscale,)
 
     def operator(self, X: Tensor, Z: Tensor | None, raw_scales: Sequence[Tensor], backend: Tiles) -> LinearOperator:
         self._check(X, Z)
-        return StationaryOperator(
-            self.profile, X, Z, self.raw_lengthscale, raw_scales, active=self.active_dims, backend=backend
-        )
+        return StationaryOperator(self.form, X, Z, self.form_parameters(), raw_scales, backend=backend)
 
     def extra_repr(self) -> str:
         active = None if self.active_dims is None else self.active_dims.tolist()

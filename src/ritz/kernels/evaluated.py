@@ -12,8 +12,8 @@ from torch.func import functional_call
 
 from ..numerics import full_precision, in_transform, unwrap
 from ..operators.base import Gradients, LinearOperator
-from .backends import CPU_EDGE, Tiles
 from .parameters import positive
+from .torch_tiles import CPU_EDGE, Tiles
 
 if TYPE_CHECKING:
     from .base import Kernel

@@ -29,6 +29,7 @@ class Profile(ABC):
         scale: tiles hold t = scale · r²; negative where the profile is exp(t).
         rough: whether k is not differentiable at r² = 0. Rounding δ in r² then costs √δ in k, so distances are
             computed in float64 whatever the dtype.
+        num_shapes: number of shape parameters that are learned (besides length-scales); see :meth:`shape_slopes`.
     """
 
     @property
@@ -37,6 +38,7 @@ class Profile(ABC):
         """Factor of r² in tiles."""
 
     rough = False
+    num_shapes = 0
 
     @abstractmethod
     def __call__(self, r2: Tensor) -> Tensor:
@@ -61,6 +63,10 @@ class Profile(ABC):
     @abstractmethod
     def slopes_(self, t: Tensor, work: Tensor) -> tuple[Tensor, Tensor]:
         """(dk/dt, k) of a clamped t, in the memory of t and work (both are overwritten; they may come out as one)."""
+
+    def shape_slopes(self, t: Tensor) -> tuple[Tensor, ...]:
+        """∂k/∂(shape parameter) at fixed r² of a clamped t, one new tensor each; t is kept."""
+        return ()
 
 
 def _lowest(dtype: torch.dtype) -> float:

@@ -1,0 +1,95 @@
+"""A kernel matrix that is kept: filled once by tiles, multiplied by BLAS, differentiated by tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..numerics import full_precision
+from ..operators import Sum
+from ..operators.base import Gradients, LinearOperator
+
+
+class StoredOperator(LinearOperator):
+    """The matrix of ``operator`` (n, m), made at the first product and anew when a tensor of it has changed.
+
+    Memory: n·m numbers. Gradient: the operator's own pairing, by tiles; the second derivative through its dense matrix.
+    """
+
+    def __init__(self, operator: LinearOperator) -> None:
+        super().__init__(
+            operator.shape, operator.dtype, operator.device, hermitian=operator.hermitian, psd=operator.psd
+        )
+        self.operator = operator
+        self._matrix: Tensor | None = None
+        self._versions: tuple[int, ...] = ()
+
+    @property
+    def deferrable(self) -> bool:
+        return self.operator.deferrable
+
+    @torch.no_grad()
+    def matrix(self) -> Tensor:
+        """The matrix as numbers, without a graph."""
+        versions = tuple(t._version for t in self.operator.tensors())
+        if self._matrix is None or versions != self._versions:
+            self._matrix = None  # before the new one is there, or both would be held
+            self._matrix, self._versions = self.operator.to_dense().detach(), versions
+        return self._matrix
+
+    def _matmat(self, X: Tensor) -> Tensor:
+        from ..pairing import product
+
+        return product(self, X)
+
+    def _rmatmat(self, X: Tensor) -> Tensor:
+        if self.hermitian:
+            return self._matmat(X)
+        if torch.is_grad_enabled():
+            return self.operator._rmatmat(X)
+        with full_precision():
+            return (X.mT.contiguous() @ self.matrix()).mT
+
+    @torch.no_grad()
+    def _numeric(self, X: Tensor) -> Tensor:
+        with full_precision():
+            # Vectors as rows, which BLAS multiplies faster by a tall matrix; a symmetric one is its own transpose.
+            K = self.matrix()
+            return (X.mT.contiguous() @ (K if self.hermitian else K.mT)).mT
+
+    def _recorded(self, X: Tensor, *tensors: Tensor) -> Tensor:
+        return _recorded(self.operator, X, tensors)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.operator.tensors()
+
+    def pair(self, Lam: Tensor, Q: Tensor) -> Gradients:
+        return self.operator.pair(Lam, Q)
+
+    def columns(self, idx: Tensor | Sequence[int]) -> Tensor:
+        """The columns K[:, idx]; differentiable."""
+        return self.operator.columns(idx)
+
+    def diagonal(self) -> Tensor:
+        """The diagonal; differentiable."""
+        return self.operator.diagonal()
+
+    def to_dense(self) -> Tensor:
+        return self.operator.to_dense()
+
+
+def _recorded(operator: Any, X: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """The product in plain differentiable operations on the tensors, for an operator that has it or a sum of such."""
+    if not isinstance(operator, Sum):
+        out: Tensor = operator._recorded(X, *tensors)
+        return out
+    total, position = None, 0
+    for term in operator.terms:
+        count = len(term.tensors())
+        part = _recorded(term, X, tensors[position : position + count])
+        total, position = part if total is None else total + part, position + count
+    assert total is not None
+    return total
