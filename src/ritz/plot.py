@@ -1,4 +1,4 @@
-"""Figures of a fit: how the loss fell, and whether the predicted intervals hold what they promise.
+"""Figures of a fit: how the loss fell, what was learned, and whether the predicted intervals hold what they promise.
 
 Needs matplotlib (``pip install ritz[plot]``). Figures are built without pyplot: no window, no global state.
 """
@@ -66,14 +66,46 @@ def calibration(axes: Axes, nominal: Sequence[float], observed: Sequence[float],
     _tidy(axes)
 
 
-def fit_figure(phases: Sequence[Mapping[str, Any]], coverage: Mapping[str, Any], *, rows: int, title: str) -> Figure:
-    """One panel for each phase of the training, and one for the calibration on held-out rows.
+def length_scales(axes: Axes, names: Sequence[str], values: Sequence[float], *, title: str, most: int = 20) -> None:
+    """Length-scales of the inputs, shortest (the input that the function depends on most) at the top.
+
+    Args:
+        axes: where to draw.
+        names: of the inputs.
+        values: their length-scales, positive, in units of each input's standard deviation.
+        title: above the panel.
+        most: how many are shown; a note says how many were left out.
+    """
+    order = sorted(range(len(values)), key=lambda i: values[i])[:most]
+    heights = list(range(len(order)))[::-1]
+    low = min(values[i] for i in order) / 1.6
+    axes.hlines(heights, low, [values[i] for i in order], color=GREY, alpha=0.35, linewidth=1.2)
+    axes.plot([values[i] for i in order], heights, color=BLUE, marker="o", markersize=4.5, linestyle="none")
+    axes.set_xscale("log")
+    axes.set_xlim(left=low)
+    axes.set_yticks(heights, [names[i] for i in order], fontsize=8)
+    axes.set_title(title)
+    more = f" ({len(values) - most} longer ones not shown)" if len(values) > most else ""
+    axes.set_xlabel(f"standard deviations of the input{more}")
+    _tidy(axes)
+
+
+def fit_figure(
+    phases: Sequence[Mapping[str, Any]],
+    coverage: Mapping[str, Any],
+    *,
+    rows: int,
+    title: str,
+    scales: Mapping[str, float] | None = None,
+) -> Figure:
+    """One panel for each phase of the training, one for the length-scales, one for the calibration on held-out rows.
 
     Args:
         phases: each with ``title``, ``steps`` and ``loss``; phases without steps are left out.
         coverage: ``nominal`` levels and the ``observed`` share of targets inside.
         rows: number of held-out targets.
         title: above the figure.
+        scales: length-scales by the name of the input; None or a single one leaves the panel out.
 
     Returns:
         A matplotlib figure; ``figure.savefig(path)`` writes it.
@@ -81,16 +113,23 @@ def fit_figure(phases: Sequence[Mapping[str, Any]], coverage: Mapping[str, Any],
     from matplotlib.figure import Figure
 
     shown = [phase for phase in phases if phase["steps"]]
-    panels = len(shown) + 1
-    figure = Figure(figsize=(3.9 * panels + 0.3, 4.1), layout="constrained", dpi=130)
-    all_axes = figure.subplots(1, panels, squeeze=False)[0]
+    learned = scales is not None and len(scales) > 1
+    panels = len(shown) + 1 + learned
+    wide = min(panels, 2) if panels != 3 else 3
+    tall = -(-panels // wide)
+    figure = Figure(figsize=(4.3 * wide + 0.3, 4.1 * tall), layout="constrained", dpi=130)
+    all_axes = list(figure.subplots(tall, wide, squeeze=False).flat)
     for axes, phase in zip(all_axes, shown):
         training_curve(axes, phase["steps"], phase["loss"], title=phase["title"])
     if shown:
         all_axes[0].set_ylabel("negative log evidence a row")
+    if scales is not None and learned:
+        length_scales(all_axes[len(shown)], list(scales), list(scales.values()), title="learned length-scales")
     calibration(
-        all_axes[-1], coverage["nominal"], coverage["observed"], rows=rows, title="calibration on held-out rows"
+        all_axes[panels - 1], coverage["nominal"], coverage["observed"], rows=rows, title="calibration on held-out rows"
     )
+    for axes in all_axes[panels:]:
+        axes.set_axis_off()
     figure.suptitle(title)
     return figure
 

@@ -110,3 +110,7 @@ def test_figure_has_a_panel_for_each_phase(phases: int, tmp_path: Path) -> None:
     ]
     figure.savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+    scales = {"long": 9.0, "short": 0.5}
+    figure = plot.fit_figure(history, coverage, rows=100, title="a title", scales=scales)
+    (axes,) = (a for a in figure.axes if a.get_title() == "learned length-scales")
+    assert [t.get_text() for _, t in sorted(zip(axes.get_yticks(), axes.get_yticklabels()))] == ["long", "short"]

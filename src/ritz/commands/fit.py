@@ -49,9 +49,12 @@ class FitOptions:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a fit gave: the model, the history of each phase, scores by name, coverage of intervals, rows scored."""
+    """What a fit gave: the model, its length-scales by input, the history of each phase, scores by name, coverage of
+    intervals, rows scored.
+    """
 
     saved: Saved
+    lengthscales: dict[str, float]
     phases: list[dict[str, Any]]
     results: dict[str, dict[str, float]]
     coverage: dict[str, list[float]]
@@ -76,7 +79,10 @@ def run_fit(options: FitOptions) -> dict[str, Any]:
         scored = fitted.results["model"]
         title = f"{table.path.name}: {options.recipe.kernel} kernel, {n} rows; "
         title += f"held out: RMSE {scored['rmse']:.4g}, NLL {scored['nll']:.3f}"
-        plot.fit_figure(fitted.phases, fitted.coverage, rows=fitted.scored, title=title).savefig(stage / FIGURE)
+        figure = plot.fit_figure(
+            fitted.phases, fitted.coverage, rows=fitted.scored, title=title, scales=fitted.lengthscales
+        )
+        figure.savefig(stage / FIGURE)
         save(stage, fitted.saved)
         report = {
             "data": _facts(table, problem),
@@ -86,6 +92,7 @@ def run_fit(options: FitOptions) -> dict[str, Any]:
             "results": fitted.results,
             "scored_rows": fitted.scored,
             "coverage": fitted.coverage,
+            "lengthscales": fitted.lengthscales,
             "training": fitted.phases,
             "seconds": round(time.perf_counter() - began, 2),
         }
@@ -133,7 +140,8 @@ def _fit(problem: Problem, options: FitOptions, console: Console) -> Fitted:
     mean, std = scaling.outputs(*model.predict(gp, X, y, X_test))
     results["model"] = scores.score(y_test, mean, std)
     saved = Saved(spec, gp, X, y, problem.columns, scaling)
-    return Fitted(saved, phases, results, scores.coverage(y_test, mean, std), len(y_test))
+    lengthscales = model.lengthscales(gp, problem.columns.features)
+    return Fitted(saved, lengthscales, phases, results, scores.coverage(y_test, mean, std), len(y_test))
 
 
 def _history(name: str, title: str, points: int, phase: Phase) -> dict[str, Any]:

@@ -165,6 +165,12 @@ def _check(gp: RegularisedGP, reason: str, phase: Phase) -> None:
         phase.stopped = "converged"
 
 
+def lengthscales(gp: Any, names: list[str]) -> dict[str, float]:
+    """Length-scales by the name of the input, in its standard deviations; under "all inputs" where they share one."""
+    values = gp.kernel.base_kernel.lengthscale.detach().double().flatten().tolist()
+    return dict(zip(names, values, strict=True)) if len(values) == len(names) else {"all inputs": values[0]}
+
+
 def predict(gp: RegularisedGP, X: Tensor, y: Tensor, X_new: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of new observations (noise included), as float64 arrays."""
     with torch.no_grad():
