@@ -15,7 +15,7 @@ from .methods import Adjoint, Arnoldi, Auto, Frechet, Lanczos, Unrolled
 from .operators import Counting, LinearOperator, aslinearoperator
 from .ravel import ravel
 from .result import Info, Status
-from .solve import CG, MINRES, Direct, Jacobi, RandomlyPivotedCholesky, solve
+from .solve import CG, MINRES, Direct, Jacobi, Landmarks, Nystrom, PivotedCholesky, RandomlyPivotedCholesky, solve
 from .stochastic import Hutchinson, diagonal, logdet, trace
 
 __version__ = "0.1.0.dev0"
@@ -35,11 +35,14 @@ __all__ = [
     "Hutchinson",
     "Info",
     "Jacobi",
+    "Landmarks",
     "Lanczos",
     "LinearOperator",
     "MINRES",
     "NonFiniteError",
+    "Nystrom",
     "OperandError",
+    "PivotedCholesky",
     "RandomlyPivotedCholesky",
     "RitzError",
     "Status",

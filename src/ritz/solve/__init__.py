@@ -3,29 +3,32 @@
 from .auto import choose
 from .cg import CG
 from .direct import Direct
+from .lowrank import LowRankPreconditioner
 from .minres import MINRES
-from .preconditioners import (
-    DiagonalPreconditioner,
-    Jacobi,
-    LowRankPreconditioner,
-    PivotedCholesky,
-    Preconditioner,
-    RandomlyPivotedCholesky,
-    split_shift,
-)
+from .nystrom import Landmarks, Nystrom, PivotedCholesky, RandomlyPivotedCholesky, default_rank
+from .preconditioners import DiagonalPreconditioner, Jacobi, Preconditioner, as_preconditioner
+from .root import InverseRoot, Preconditioned
 from .solve import solve
+from .splitting import split_noise, split_shift
 
 __all__ = [
     "CG",
     "MINRES",
     "DiagonalPreconditioner",
     "Direct",
+    "InverseRoot",
     "Jacobi",
+    "Landmarks",
     "LowRankPreconditioner",
+    "Nystrom",
     "PivotedCholesky",
+    "Preconditioned",
     "Preconditioner",
     "RandomlyPivotedCholesky",
+    "as_preconditioner",
     "choose",
+    "default_rank",
     "solve",
+    "split_noise",
     "split_shift",
 ]

@@ -17,6 +17,7 @@ from ..operators.base import LinearOperator
 from ..operators.convert import aslinearoperator
 from ..pairing import check_square
 from ..result import Info, OnFailure, Status
+from .preconditioned import preconditioned_logdet
 from .probes import Hutchinson, mean_and_error
 
 
@@ -91,6 +92,7 @@ def logdet(
     method: KrylovMethod = Auto(),
     gradient: GradientRule = Frechet(),
     shifts: Tensor | None = None,
+    preconditioner: Any = None,
     generator: torch.Generator | None = None,
     return_info: bool = False,
     on_failure: OnFailure = "warn",
@@ -99,9 +101,42 @@ def logdet(
 
     With ``shifts`` (p,) the whole curve log det(A + σI) comes from one run, with derivatives in σ and in A.
 
+    Args:
+        preconditioner: P near A, for log det A = log det P + tr log(R⁻¹ A R⁻ᴴ) with P = R Rᴴ: a value such as
+            ``RandomlyPivotedCholesky(100)``, what its ``build(A)`` returned, or None. ``Auto()`` tries
+            ``RandomlyPivotedCholesky()``, and keeps it if the standard error is smaller with it than without. Not with
+            ``shifts``: P depends on σ, and each needs its own run.
+
+    With a preconditioner ``info.details`` has ``logdet_preconditioner``, ``preconditioner``, its rank, and under
+    ``Auto()`` ``standard_errors``, of the ``plain`` and the ``preconditioned`` estimate from 20 steps each. The
+    gradient is that of both terms, P included where it was built with gradients on, and costs one further product of
+    the pairing's width.
+
     Raises:
         DomainError: a Ritz value <= 0, with its size and what to do.
+        OperandError: ``shifts`` together with ``preconditioner``.
+
+    Reference: Wenger et al., Preconditioning for scalable Gaussian process hyperparameter optimization, 2022.
     """
+    if preconditioner is not None:
+        if shifts is not None:
+            raise OperandError(
+                "shifts= and preconditioner= exclude each other: P⁻¹(A + σI) has a Krylov space of its own for every "
+                "σ; give one of them"
+            )
+        A = aslinearoperator(A)
+        check_square(A, "a log-determinant")
+        _check_estimator(estimator)
+        value, info = preconditioned_logdet(
+            A,
+            preconditioner,
+            estimator=estimator,
+            method=method,
+            gradient=gradient,
+            generator=generator,
+            on_failure=on_failure,
+        )
+        return (value, info) if return_info else value
     return trace(
         A,
         log,
