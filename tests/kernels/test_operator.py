@@ -269,7 +269,7 @@ def test_a_kernel_of_ones_own():
 def test_arguments():
     X = torch.zeros(3, 2)
     cases = [
-        (lambda: RBF(3)(X), "3 length-scales"),
+        (lambda: RBF(3)(X), "ard_num_dims=3"),
         (lambda: RBF(ard_num_dims=2, active_dims=[0]), "active_dims"),
         (lambda: RBF(active_dims=[2])(X), "column 2"),
         (lambda: RBF()(X.long()), "floating-point"),

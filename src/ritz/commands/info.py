@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import ritz
-from ritz import kernels
+from ritz.kernels import NumbaTiles
 
 from .failure import CommandError
 
@@ -95,14 +95,10 @@ def _version(package: str) -> str | None:
 
 
 def _numba() -> str:
-    if not hasattr(kernels, "NumbaTiles"):
-        return "not part of this version"
-    return "available" if _found("numba") else "missing: pip install ritz[numba]"
+    return "available" if NumbaTiles.available(torch.device("cpu")) else "missing: pip install ritz[numba]"
 
 
 def _triton() -> str:
-    if not hasattr(kernels, "TritonTiles"):
-        return "not part of this version"
     if not torch.cuda.is_available():
         return "not used: no CUDA device"
     return "available" if _found("triton") else "missing: it comes with CUDA builds of torch"

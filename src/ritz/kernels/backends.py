@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from ..errors import OperandError
 from ..methods import Auto
+from .numba_tiles import NumbaTiles
 from .torch_tiles import Tiles
+from .triton_tiles import TritonTiles
+
+# Entries below which Auto() does not load a compiler: at 2048 × 2048 it saves some 3 ms a product, and numba takes
+# about half a second to import (Triton as long to compile).
+SMALL = 2**22
+# Bytes of matrix up to which repeated products are better made with a stored one
+COMFORTABLE = 2**30
+
+TileBackend = Tiles | TritonTiles  # NumbaTiles is a kind of Tiles
 
 
 @dataclass(frozen=True)
@@ -19,16 +31,56 @@ class Stored:
         tiles: the back end that fills it and contracts gradients.
     """
 
-    tiles: Auto | Tiles = Auto()
+    tiles: Auto | TileBackend = Auto()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tiles, (Auto, Tiles)):
+        if not isinstance(self.tiles, Auto | TileBackend):
             raise OperandError(f"Stored(tiles={self.tiles!r}); expected Auto() or a back end of tiles")
 
 
-Backend = Auto | Tiles | Stored
+Backend = Auto | TileBackend | Stored
 
 
-def choose(backend: Auto | Tiles) -> Tiles:
-    """Resolve Auto(), which is ``Tiles()``."""
-    return Tiles() if isinstance(backend, Auto) else backend
+def choose(backend: Auto | TileBackend, size: int = 0, device: torch.device = torch.device("cpu")) -> TileBackend:
+    """The back end of tiles that Auto() stands for; any other one as it is.
+
+    ==========  =======================================  =================
+    device      further condition                        back end
+    ==========  =======================================  =================
+    any         fewer than 2²² entries                   ``Tiles()``
+    CPU         numba is installed                       ``NumbaTiles()``
+    CUDA        triton is installed                      ``TritonTiles()``
+    otherwise                                            ``Tiles()``
+    ==========  =======================================  =================
+
+    A pure function of its arguments and of what is installed. Profiles and dtypes that compiled code does not know are
+    treated as by ``Tiles()`` inside of the chosen one.
+
+    Args:
+        backend: Auto() or a choice already made.
+        size: entries n·m of the matrix.
+        device: where its points are.
+    """
+    if not isinstance(backend, Auto):
+        return backend
+    if size >= SMALL:
+        if NumbaTiles.available(device):
+            return NumbaTiles()
+        if TritonTiles.available(device):
+            return TritonTiles()
+    return Tiles()
+
+
+def for_iteration(n: int, m: int, dtype: torch.dtype, device: torch.device) -> Stored | Auto:
+    """What to multiply by again and again with: the stored matrix up to 1 GiB, on any device, and tiles above.
+
+    A pure function of the size, not of the memory that happens to be free: n = 16 384 in float32 and 11 585 in float64
+    are the largest squares that are stored. A stored product needs half of the time of a tiled one or less, and filling
+    the matrix about that of one product.
+
+    Args:
+        n, m: rows and columns.
+        dtype: of the entries.
+        device: where they would be.
+    """
+    return Stored() if n * m * dtype.itemsize <= COMFORTABLE else Auto()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,7 @@ from .parameters import positive
 from .torch_tiles import CPU_EDGE, Tiles
 
 if TYPE_CHECKING:
+    from .backends import TileBackend
     from .base import Kernel
 
 
@@ -50,7 +50,7 @@ class EvaluatedOperator(LinearOperator):
         Z: Tensor | None,
         raw_scales: Sequence[Tensor] = (),
         *,
-        backend: Tiles = Tiles(),
+        backend: TileBackend = Tiles(),
     ) -> None:
         same = Z is None
         rows, columns = X.shape[0], (X if Z is None else Z).shape[0]
@@ -58,8 +58,9 @@ class EvaluatedOperator(LinearOperator):
         self.kernel, self.X, self.Z, self.raw_scales = kernel, X, Z, tuple(raw_scales)
         named = dict(kernel.named_parameters())
         self.names, self.parameters = tuple(named), tuple(named.values())
-        edge = backend.size(self.dtype, self.device)
-        self.backend = backend if backend.edge else replace(backend, edge=max(edge // 2, CPU_EDGE // 2))
+        # Entries come from torch code whatever the back end, which only says how large tiles are.
+        edge = getattr(backend, "edge", None)
+        self.backend = Tiles(edge or max(backend.size(self.dtype, self.device) // 2, CPU_EDGE // 2))
 
     @property
     def deferrable(self) -> bool:

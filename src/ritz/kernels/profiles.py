@@ -69,7 +69,7 @@ class Profile(ABC):
         return ()
 
 
-def _lowest(dtype: torch.dtype) -> float:
+def lowest_exponent(dtype: torch.dtype) -> float:
     """Exponents below give exp(t) < 1e-34 (1e-299): beneath notice next to k(0) = 1, but subnormals are slow."""
     return -690.0 if dtype == torch.float64 else -80.0
 
@@ -92,7 +92,7 @@ class Gaussian(Profile):
         return 0.25 * torch.exp(-0.5 * r2)
 
     def clamp_(self, t: Tensor) -> Tensor:
-        return t.clamp_(min=_lowest(t.dtype), max=0.0)
+        return t.clamp_(min=lowest_exponent(t.dtype), max=0.0)
 
     def values_(self, t: Tensor, work: Tensor) -> Tensor:
         return t.exp_()
@@ -158,7 +158,7 @@ class MaternProfile(Profile):
         return self.scale**2 * bend
 
     def clamp_(self, t: Tensor) -> Tensor:
-        return t.clamp_(min=0.0, max=_lowest(t.dtype) ** 2)
+        return t.clamp_(min=0.0, max=lowest_exponent(t.dtype) ** 2)
 
     def values_(self, t: Tensor, work: Tensor) -> Tensor:
         if self.nu == 0.5:
@@ -188,3 +188,55 @@ class MaternProfile(Profile):
         a.add_(1.0).mul_(decay)
         k = t.mul_(decay).add_(a)
         return a.mul_(-1 / 6), k
+
+
+def rational_quadratic(r2: Tensor, alpha: Tensor | float) -> Tensor:
+    """(1 + r²/(2α))^{−α}, differentiable in r² and in a tensor α."""
+    return torch.exp(-alpha * torch.log1p(r2 / (2 * alpha)))
+
+
+@dataclass(frozen=True)
+class RationalQuadraticProfile(Profile):
+    """(1 + r²/(2α))^{−α}, with α as its one shape parameter.
+
+    In t = r²/(2α): k = (1 + t)^{−α}, dk/dt = −α k/(1 + t), and ∂k/∂α = k·(t/(1 + t) − log(1 + t)) at fixed r².
+    """
+
+    alpha: float = 1.0
+
+    num_shapes = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < math.inf:
+            raise OperandError(f"RationalQuadraticProfile(alpha={self.alpha}); expected a finite number above 0")
+
+    @property
+    def scale(self) -> float:
+        return 1 / (2 * self.alpha)
+
+    def __call__(self, r2: Tensor) -> Tensor:
+        return rational_quadratic(r2, self.alpha)
+
+    def derivative(self, r2: Tensor) -> Tensor:
+        return -0.5 * self(r2) / (1 + self.scale * r2)
+
+    def second(self, r2: Tensor) -> Tensor:
+        return 0.25 * (1 + 1 / self.alpha) * self(r2) / (1 + self.scale * r2).square()
+
+    def clamp_(self, t: Tensor) -> Tensor:
+        # A small α never brings k near the subnormal numbers, and a t near the largest number does no harm.
+        exponent = min(-lowest_exponent(t.dtype) / self.alpha, 80.0)
+        return t.clamp_(min=0.0, max=math.expm1(exponent))
+
+    def values_(self, t: Tensor, work: Tensor) -> Tensor:
+        return t.log1p_().mul_(-self.alpha).exp_()
+
+    def slopes_(self, t: Tensor, work: Tensor) -> tuple[Tensor, Tensor]:
+        k = torch.log1p(t, out=work).mul_(-self.alpha).exp_()
+        return t.add_(1.0).reciprocal_().mul_(k).mul_(-self.alpha), k
+
+    def shape_slopes(self, t: Tensor) -> tuple[Tensor, ...]:
+        log = torch.log1p(t)
+        bend = t / (1 + t)
+        bend.sub_(log)
+        return (bend.mul_(log.mul_(-self.alpha).exp_()),)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..numerics import full_precision
 from ..operators import Sum
 from ..operators.base import Gradients, LinearOperator
+from .backends import Stored
 
 
 class StoredOperator(LinearOperator):
@@ -26,6 +27,17 @@ class StoredOperator(LinearOperator):
         self.operator = operator
         self._matrix: Tensor | None = None
         self._versions: tuple[int, ...] = ()
+
+    @property
+    def backend(self) -> Stored:
+        """``Stored(tiles)`` with the tiles that fill the matrix and contract gradients (the first ones, for a sum)."""
+        operator: Any = self.operator
+        while isinstance(operator, Sum):
+            operator = operator.terms[0]
+        return Stored(getattr(operator, "backend", Stored().tiles))
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, backend={self.backend})"
 
     @property
     def deferrable(self) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..numerics import full_precision, unwrap
 from ..operators.base import Gradients, LinearOperator
+from .backends import TileBackend
 from .distances import Coordinates, origin_of, prepare, squared_distances
 from .forms import Form
 from .parameters import positive
@@ -31,7 +32,7 @@ class StationaryOperator(LinearOperator):
         Z: points (m, d), or None for X itself; the operator is then Hermitian positive semidefinite.
         parameters: raw parameters of the form, such as raw length-scales.
         raw_scales: raw factors s of one element each (none: s = 1); nested scalings multiply.
-        backend: how tiles are made.
+        backend: how tiles are made; kept as the attribute ``backend``, and shown.
 
     Cost: per product n·m evaluations of k (half of them for Z = None); the pairing costs about three products.
     Memory: ≤ 64 MB of tiles, and n·(d + k) numbers.
@@ -46,13 +47,16 @@ class StationaryOperator(LinearOperator):
         parameters: Sequence[Tensor],
         raw_scales: Sequence[Tensor] = (),
         *,
-        backend: Tiles = Tiles(),
+        backend: TileBackend = Tiles(),
     ) -> None:
         same = Z is None
         rows, columns = X.shape[0], (X if Z is None else Z).shape[0]
         super().__init__((rows, columns), X.dtype, X.device, hermitian=same or None, psd=same or None)
         self.form, self.X, self.Z, self.backend = form, X, Z, backend
         self.parameters, self.raw_scales = tuple(parameters), tuple(raw_scales)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, backend={self.backend})"
 
     # -- products -------------------------------------------------------------------------------------------------
 
