@@ -7,10 +7,10 @@ import torch
 from tests.gp.problems import data, process, textbook
 
 import ritz
-from ritz import CG, Auto, ConvergenceWarning, Direct, Hutchinson, Lanczos
+from ritz import CG, Auto, ConvergenceWarning, Direct, Hutchinson, Lanczos, RandomlyPivotedCholesky
 from ritz.errors import DomainError, NonFiniteError, OperandError, SecondDerivativeError
 from ritz.gp import ExactGP, ZeroMean
-from ritz.kernels import RBF, Scale
+from ritz.kernels import RBF, Scale, Stored, Tiles
 
 EXACT = (Hutchinson(60), Lanczos(60))  # as many probes as points: nothing is random
 
@@ -26,6 +26,9 @@ PATHS = {
     "direct": {"solver": Direct()},
     "lanczos": {"logdet": EXACT},
     "lanczos and cg": {"logdet": EXACT, "solver": CG(rtol=1e-12)},
+    "no preconditioner": {"logdet": EXACT, "preconditioner": None},
+    "low rank": {"logdet": EXACT, "preconditioner": RandomlyPivotedCholesky(20)},
+    "stored": {"logdet": EXACT, "backend": Stored()},
 }
 
 
@@ -42,6 +45,20 @@ def test_value_and_every_gradient(name):
         torch.testing.assert_close(got, ref, rtol=1e-7, atol=1e-9)
     assert info.method == (Direct() if name in ("auto", "direct") else EXACT)
     assert float(info.standard_error) == 0.0
+
+
+def test_what_was_chosen_is_reported():
+    X, y = data()
+    options = {"logdet": EXACT, "preconditioner": RandomlyPivotedCholesky(20)}
+    _, info = process(**options).log_marginal_likelihood(X, y, return_info=True)
+    assert info.details["preconditioner"] == RandomlyPivotedCholesky(20)
+    assert info.details["backend"] == Stored(Tiles()) and info.details["rounding"] < 1e-10
+    stored = process(logdet=EXACT, preconditioner=None, backend=Stored(Tiles(edge=16)))
+    _, info = stored.log_marginal_likelihood(X, y, return_info=True)
+    assert info.details["backend"] == Stored(Tiles(edge=16)) and info.details.get("preconditioner") is None
+    P = RandomlyPivotedCholesky(20).build(process().covariance(X))
+    ready = process(logdet=EXACT, preconditioner=P).log_marginal_likelihood(X, y)
+    torch.testing.assert_close(ready.detach(), textbook(process(), X, y).detach(), rtol=1e-9, atol=0)
 
 
 def test_covariance_is_exactly_kernel_plus_noise():
@@ -76,7 +93,7 @@ class Counting(ritz.Counting):
 
 def test_one_block_of_products_and_no_more():
     X, y = data()
-    gp = process(logdet=(Hutchinson(7), Lanczos(12)))
+    gp = process(logdet=(Hutchinson(7), Lanczos(12)), preconditioner=None)
     counted = []
     covariance = gp.covariance
     gp.covariance = lambda X: counted.append(Counting(covariance(X))) or counted[-1]
@@ -140,10 +157,13 @@ def test_dense_path_is_in_float64_whatever_comes_in():
 
 def test_hopeless_float32_is_announced():
     X, y = data(300, dtype=torch.float32)
-    gp = process(dtype=torch.float32, noise=1e-4, logdet=(Hutchinson(2), Lanczos(5)))
+    gp = process(dtype=torch.float32, noise=1e-4, logdet=(Hutchinson(2), Lanczos(5)), preconditioner=None)
     with pytest.warns(ConvergenceWarning, match="float64"):
         _, info = gp.log_marginal_likelihood(X, y, return_info=True)
     assert info.details["rounding"] > 0.1
+    gp.preconditioner = RandomlyPivotedCholesky(100)  # takes the large eigenvalues away: no warning, and so an error
+    _, info = gp.log_marginal_likelihood(X, y, return_info=True)
+    assert info.details["rounding"] < 0.1
 
 
 def test_second_derivatives():
@@ -195,13 +215,17 @@ def test_arguments():
     cases = [
         (lambda: gp.log_marginal_likelihood(X, y[:5]), "expected"),
         (lambda: gp.log_marginal_likelihood(X, y.float()), "convert"),
-        (lambda: gp.log_marginal_likelihood(X, y.unsqueeze(1)), "expected"),
+        (lambda: gp.log_marginal_likelihood(X, y.reshape(1, 10)), "expected"),
+        (lambda: gp.log_marginal_likelihood(X, y.reshape(10, 1, 1)), "expected"),
+        (lambda: gp.log_marginal_likelihood(X, y.reshape(10, 1)[:, :0]), "expected"),
         (lambda: gp.log_marginal_likelihood(X, y.numpy()), "ndarray"),
         (lambda: ExactGP("rbf"), "kernel"),
         (lambda: ExactGP(Scale(RBF()), solver="cg"), "solver"),
         (lambda: ExactGP(Scale(RBF()), logdet=Hutchinson(3)), "logdet"),
         (lambda: ExactGP(Scale(RBF()), solver=Direct(), logdet=EXACT), "Auto"),
         (lambda: ExactGP(Scale(RBF()), noise=-1.0), "noise"),
+        (lambda: ExactGP(Scale(RBF()), preconditioner=50), "preconditioner=50; expected"),
+        (lambda: ExactGP(Scale(RBF()), backend="numba").covariance(X), "backend"),
     ]
     for call, words in cases:
         with pytest.raises(OperandError, match=words):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from ritz import CG, Hutchinson, Lanczos
 from ritz.gp import GPRegressor
 from ritz.kernels import RBF, Scale
 
@@ -99,6 +100,106 @@ def test_pipelines_and_searches():
     assert cross_val_score(make_pipeline(MinMaxScaler(), GPRegressor(subset_steps=15)), X, y, cv=3).min() > 0.8
     search = GridSearchCV(GPRegressor(subset_steps=0, steps=0), {"noise": [1e-3, 10.0]}, cv=3).fit(X, y)
     assert search.best_params_ == {"noise": 1e-3}
+
+
+def test_covariances_and_samples():
+    X, y = table(60)
+    model = GPRegressor(subset_steps=15).fit(X, y)
+    new = table(7, seed=1)[0]
+    mean, cov = model.predict(new, return_cov=True)
+    std = model.predict(new, return_std=True)[1]
+    assert cov.shape == (7, 7) and np.allclose(cov, cov.T)
+    np.testing.assert_allclose(np.sqrt(np.diag(cov)), std)
+    latent = model.predict(new, return_cov=True, latent=True)[1]
+    np.testing.assert_allclose(cov - latent, np.eye(7) * (cov - latent)[0, 0], atol=1e-12 * cov.max())
+    with pytest.raises(ValueError, match="at most one"):
+        model.predict(new, return_std=True, return_cov=True)
+
+    samples = model.sample_y(new, 4000, random_state=1)
+    assert samples.shape == (7, 4000) and model.sample_y(new).shape == (7, 1)
+    assert np.array_equal(samples[:, :5], model.sample_y(new, 4000, random_state=1)[:, :5])
+    assert not np.allclose(samples, model.sample_y(new, 4000, random_state=np.random.default_rng(0)))
+    z = np.linalg.solve(np.linalg.cholesky(cov), samples - mean[:, None])
+    assert abs((z**2).sum() - 7 * 4000) < 4.5 * np.sqrt(2 * 7 * 4000)  # χ² with 28 000 degrees of freedom
+    assert 4000 * (z.mean(1) ** 2).sum() < 7 + 4.5 * np.sqrt(2 * 7)
+    smooth = model.sample_y(new, 4000, random_state=1, latent=True)
+    assert np.all(smooth.std(1) < samples.std(1))
+
+
+def test_several_outputs():
+    X, y = table(50)
+    Y = np.stack([y, 1e-3 * X[:, 1] - y], 1)
+    model = GPRegressor(subset_steps=10).fit(X, Y)
+    new = table(6, seed=1)[0]
+    mean, std = model.predict(new, return_std=True)
+    cov = model.predict(new, return_cov=True)[1]
+    assert mean.shape == std.shape == (6, 2) and cov.shape == (6, 6, 2) and model.y_mean_.shape == (2,)
+    np.testing.assert_allclose(np.sqrt(np.einsum("iij->ij", cov)), std)
+    np.testing.assert_allclose(std[:, 1] / std[:, 0], Y[:, 1].std() / Y[:, 0].std())
+    assert model.sample_y(new, 3).shape == (6, 2, 3)
+    r2 = pytest.importorskip("sklearn.metrics").r2_score
+    assert model.score(X, Y) == pytest.approx(r2(Y, model.predict(X)))
+    weights = np.linspace(1, 2, 50)
+    assert model.score(X, Y, weights) == pytest.approx(r2(Y, model.predict(X), sample_weight=weights))
+    alone = GPRegressor(model.gp_.kernel, noise=float(model.gp_.noise.detach()), subset_steps=0, steps=0).fit(
+        X, Y[:, 0]
+    )
+    alone.gp_.mean.constant.data.copy_(model.gp_.mean.constant.data)
+    alone.posterior_ = alone.gp_.condition(alone.posterior_.X, alone.posterior_.y)
+    np.testing.assert_allclose(alone.predict(new), mean[:, 0])
+
+
+def test_log_marginal_likelihood_is_that_of_scikit_learn():
+    gaussian_process = pytest.importorskip("sklearn.gaussian_process")
+    kernels = pytest.importorskip("sklearn.gaussian_process.kernels")
+    X, y = table(40)
+    ours = GPRegressor(2.0 * RBF(lengthscale=0.7), noise=0.3, subset_steps=0, steps=0).fit(X, y)
+    kernel = kernels.ConstantKernel(2.0) * kernels.RBF(0.7) + kernels.WhiteKernel(0.3)
+    theirs = gaussian_process.GaussianProcessRegressor(kernel, optimizer=None, normalize_y=True, alpha=0.0)
+    Z = (X - X.mean(0)) / X.std(0)
+    theirs.fit(Z, y)
+    assert ours.log_marginal_likelihood_value_ == pytest.approx(theirs.log_marginal_likelihood_value_, rel=1e-6)
+    new = table(5, seed=1)[0]
+    for options in ({"return_std": True}, {"return_cov": True}):
+        wants = theirs.predict((new - X.mean(0)) / X.std(0), **options)
+        for got, want in zip(ours.predict(new, **options), wants):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * y.std())
+    assert not hasattr(GPRegressor(), "log_marginal_likelihood_value_")
+
+
+def test_pandas_tables_keep_their_names():
+    pandas = pytest.importorskip("pandas")
+    X, y = table(40)
+    frame = pandas.DataFrame(X, columns=["a", "b"])
+    model = GPRegressor(subset_steps=5).fit(frame, pandas.Series(y))
+    assert model.feature_names_in_.tolist() == ["a", "b"]
+    np.testing.assert_allclose(model.predict(frame), GPRegressor(subset_steps=5).fit(X, y).predict(X), rtol=1e-9)
+    with pytest.raises(ValueError, match="feature names"):
+        model.predict(frame[["b", "a"]])
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_same_answer():
+    pytest.importorskip("joblib")
+    from sklearn.model_selection import GridSearchCV
+
+    X, y = table(40)
+    grid = {"noise": [1e-3, 10.0]}
+    one, two = (
+        GridSearchCV(GPRegressor(subset_steps=3), grid, cv=2, n_jobs=jobs, error_score="raise").fit(X, y)
+        for jobs in (1, 2)
+    )
+    np.testing.assert_allclose(one.cv_results_["mean_test_score"], two.cv_results_["mean_test_score"], rtol=1e-6)
+    np.testing.assert_allclose(one.predict(X), two.predict(X), rtol=1e-6)
+
+
+def test_pickle_of_an_iterative_posterior():
+    X, y = table(60)
+    model = GPRegressor(solver=CG(rtol=1e-8), logdet=(Hutchinson(4), Lanczos(10)), subset_steps=5, steps=1).fit(X, y)
+    again = pickle.loads(pickle.dumps(model))
+    for a, b in zip(model.predict(X, return_std=True), again.predict(X, return_std=True)):
+        assert np.array_equal(a, b)
+    assert np.array_equal(model.sample_y(X[:4], 2), again.sample_y(X[:4], 2))
 
 
 @pytest.mark.slow

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..gp import ExactGP
+from ..gp import ExactGP, vanilla_priors
 from ..gp.fit import fit
 from ..gp.posterior import DOUBLE_UP_TO, FACTOR_UP_TO
-from ..kernels import RBF, Matern, Scale, Stationary
+from ..kernels import RBF, Matern, Scale
 from ..methods import Lanczos
-from ..solve import Direct
 from ..stochastic.probes import Hutchinson
 from .console import Phase
 from .failure import CommandError
@@ -57,46 +56,6 @@ class Spec:
         return asdict(self)
 
 
-class RegularisedGP(ExactGP):
-    """An exact Gaussian process whose hyper-parameters have a weak prior, for standardised data.
-
-    Its ``log_marginal_likelihood`` includes the log density of the prior, so :func:`ritz.gp.fit.fit` finds the most
-    probable hyper-parameters. Without a prior, a nearly linear target drives output scale and length-scales to infinity
-    together: the covariance becomes singular in float32 and the fit worse on new rows.
-
-        log outputscale ~ N(0, 1)        log ℓ ~ N(√2 + ½ log d, 3)
-
-    Reference: the length-scale prior of Hvarfner, Hellsten, Nardi, 2024, "Vanilla Bayesian optimization performs great
-    in high dimensions"; d is the number of inputs.
-    """
-
-    def __init__(self, spec: Spec, dimensions: int):
-        ard, nu = dimensions if spec.ard else None, KERNELS[spec.kernel]
-        # The prior's median, where a fit starts; from length-scales of 1 all points look far apart in many dimensions.
-        self._typical = math.sqrt(2) + 0.5 * math.log(dimensions)
-        start = math.exp(self._typical)
-        base = RBF(ard, lengthscale=start) if nu is None else Matern(nu, ard, lengthscale=start)
-        super().__init__(Scale(base), noise=0.1, noise_floor=1e-6 if spec.dtype == "float64" else 1e-4)
-
-    def log_prior(self) -> Tensor:
-        """Log density of the hyper-parameters, up to a constant."""
-        kernel = self.kernel
-        assert isinstance(kernel, Scale) and isinstance(kernel.base_kernel, Stationary)
-        scale, ell = kernel.outputscale.double(), kernel.base_kernel.lengthscale.double()
-        return -0.5 * scale.log().square() - (ell.log() - self._typical).square().sum() / 6
-
-    def _dense(self, X: Tensor, y: Tensor) -> Any:
-        value, info = super()._dense(X, y)
-        return value + self.log_prior().to(value.dtype), info
-
-    def log_marginal_likelihood(self, X: Tensor, y: Tensor, *, return_info: bool = False, **settings: Any) -> Any:
-        """As in :class:`~ritz.gp.ExactGP`, plus :meth:`log_prior`."""
-        value, info = super().log_marginal_likelihood(X, y, return_info=True, **settings)
-        if not isinstance(info.method, Direct):  # the dense path comes through _dense
-            value = value + self.log_prior().to(value.dtype)
-        return (value, info) if return_info else value
-
-
 class Clock:
     """When each stage has to end, so that everything is done after ``budget`` seconds; a budget of None never ends.
 
@@ -115,19 +74,27 @@ class Clock:
         return self._start + share * self._length
 
 
-def build(spec: Spec, dimensions: int) -> RegularisedGP:
-    """An untrained model."""
-    return RegularisedGP(spec, dimensions)
+def build(spec: Spec, dimensions: int) -> ExactGP:
+    """An untrained model with weak priors, which a fit adds to the likelihood.
+
+    Length-scales start at the median of their prior: from length-scales of 1 all points look far apart in many
+    dimensions.
+    """
+    ard, nu = dimensions if spec.ard else None, KERNELS[spec.kernel]
+    start = math.exp(math.sqrt(2) + 0.5 * math.log(dimensions))
+    base = RBF(ard, lengthscale=start) if nu is None else Matern(nu, ard, lengthscale=start)
+    floor = 1e-6 if spec.dtype == "float64" else 1e-4
+    return ExactGP(Scale(base), noise=0.1, noise_floor=floor, priors=vanilla_priors(dimensions))
 
 
-def fit_subset(gp: RegularisedGP, X: Tensor, y: Tensor, recipe: Recipe, phase: Phase, clock: Clock) -> None:
+def fit_subset(gp: ExactGP, X: Tensor, y: Tensor, recipe: Recipe, phase: Phase, clock: Clock) -> None:
     """First stage: L-BFGS on a subset X (m, d), by Cholesky."""
     end = clock.end(SUBSET_SHARE if recipe.steps else 1.0)
     report = fit(gp, X, y, subset=len(X), subset_steps=recipe.subset_steps, steps=0, callback=_follow(phase, end))
     _check(gp, report.stopped.get("subset", ""), phase)
 
 
-def fit_all(gp: RegularisedGP, X: Tensor, y: Tensor, recipe: Recipe, seed: int, phase: Phase, clock: Clock) -> None:
+def fit_all(gp: ExactGP, X: Tensor, y: Tensor, recipe: Recipe, seed: int, phase: Phase, clock: Clock) -> None:
     """Second stage: Adam on all rows X (n, d), by products; the best step seen is kept."""
     depth = Lanczos(recipe.depth) if recipe.depth else Lanczos(rtol=1e-2)
     gp.logdet = (Hutchinson(recipe.probes, seed=seed), depth)
@@ -156,7 +123,7 @@ def _follow(phase: Phase, end: float) -> Any:
     return step
 
 
-def _check(gp: RegularisedGP, reason: str, phase: Phase) -> None:
+def _check(gp: ExactGP, reason: str, phase: Phase) -> None:
     if reason == "start is not finite":
         raise CommandError(
             "the covariance breaks down at the starting values (float64, or another kernel, may help): --dtype float64"
@@ -171,7 +138,7 @@ def lengthscales(gp: Any, names: list[str]) -> dict[str, float]:
     return dict(zip(names, values, strict=True)) if len(values) == len(names) else {"all inputs": values[0]}
 
 
-def predict(gp: RegularisedGP, X: Tensor, y: Tensor, X_new: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def predict(gp: ExactGP, X: Tensor, y: Tensor, X_new: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of new observations (noise included), as float64 arrays."""
     with torch.no_grad():
         mean, variance = gp.condition(X, y).predict(X_new, noise=True)
@@ -190,7 +157,7 @@ def prediction_seconds(n: int, rows: int) -> float:
     return 1.3 * work * best / (size**3 / 3) + 2.0
 
 
-def _step_seconds(gp: RegularisedGP, X: Tensor, columns: int) -> float:
+def _step_seconds(gp: ExactGP, X: Tensor, columns: int) -> float:
     """How long one step of the second stage may take here, judged by one block product.
 
     Leaves the number of threads at one where that is faster: on a machine with other work to do, threads that wait for

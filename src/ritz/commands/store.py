@@ -14,9 +14,10 @@ from torch import Tensor
 
 import ritz
 
+from ..gp import ExactGP
 from .dataset import Columns, Scaling
 from .failure import CommandError, one_line, optional, reason
-from .model import RegularisedGP, Spec, build
+from .model import Spec, build
 
 TENSORS, FACTS = "model.safetensors", "model.json"
 _FORMAT, _VERSION = "ritz-gp", 1
@@ -34,7 +35,7 @@ class Saved:
     """
 
     spec: Spec
-    gp: RegularisedGP
+    gp: ExactGP
     X: Tensor
     y: Tensor
     columns: Columns

@@ -2,8 +2,37 @@
 
 from .exact import ExactGP
 from .fit import Fit, fit
-from .means import ConstantMean, ZeroMean
+from .from_gpytorch import from_gpytorch
+from .means import ConstantMean, LinearMean, ZeroMean
+from .multioutput import MultiOutputGP, MultiOutputPosterior
+from .noise import FixedNoise, HeteroscedasticNoise
+from .objective import LeaveOneOut, MarginalLikelihood
+from .pathwise import Exact, Features, Paths, SquareRoot
 from .posterior import Posterior
+from .priors import vanilla_priors
+from .projection import Projection
 from .regressor import GPRegressor
 
-__all__ = ["ConstantMean", "ExactGP", "Fit", "GPRegressor", "Posterior", "ZeroMean", "fit"]
+__all__ = [
+    "ConstantMean",
+    "Exact",
+    "ExactGP",
+    "Features",
+    "Fit",
+    "FixedNoise",
+    "GPRegressor",
+    "HeteroscedasticNoise",
+    "LeaveOneOut",
+    "LinearMean",
+    "MarginalLikelihood",
+    "MultiOutputGP",
+    "MultiOutputPosterior",
+    "Paths",
+    "Posterior",
+    "Projection",
+    "SquareRoot",
+    "ZeroMean",
+    "fit",
+    "from_gpytorch",
+    "vanilla_priors",
+]
