@@ -12,7 +12,7 @@ BENCH_STAMP := $(BENCH)/.ritz-installed
 # One thread per test process: the tests are many and small, so threads only get into each other's way.
 RUN_TESTS := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest
 
-.PHONY: help venv test test-all demo lint types doctest examples bench-env bench clean
+.PHONY: help venv test test-all demo lint types doctest examples bench-env bench bench-gp clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +66,10 @@ $(BENCH_STAMP): pyproject.toml constraints.txt benchmarks/requirements.txt
 
 bench: $(BENCH_STAMP)  ## measure gradients against the peers
 	$(BENCH)/bin/python benchmarks/gradients.py
+
+bench-gp: $(BENCH_STAMP)  ## race exact Gaussian processes against the peers, about 20 minutes
+	$(BENCH)/bin/python benchmarks/kernel_products.py
+	$(BENCH)/bin/python benchmarks/gp.py
 
 clean:  ## remove environments, caches and built files
 	rm -rf $(VENV) $(BENCH) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
