@@ -43,7 +43,7 @@ TRAINED = {
     "small": ["ritz", "ritz Cholesky", "gpytorch, rank 100", "gpytorch, tolerance 1", "gpytorch Cholesky",
               "gpytorch KeOps", "sklearn", "sklearn, own L-BFGS"],
 }  # fmt: skip
-SCALING = {"ritz, no P": None, "gpytorch, rank 15": 10_000}  # and up to which n
+SCALING = {"ritz NumbaTiles, no P": None, "gpytorch, rank 15": 10_000}  # and up to which n
 
 
 def arguments() -> argparse.Namespace:

@@ -163,7 +163,7 @@ def test_kernels_and_dtypes(kernel: str, dtype: str, data: Path, tmp_path: Path)
 
 
 def test_budget_ends_training(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert fit(data, tmp_path / "out", "--steps", "100000", "--budget", "2") == 0
+    assert fit(data, tmp_path / "out", "--steps", "100000", "--lr", "1e-6", "--budget", "2") == 0
     assert "time is up" in capsys.readouterr().out
     second = metrics(tmp_path / "out")["training"][1]
     assert second["stopped"] and second["seconds"] < 10 and len(second["steps"]) < 100000

@@ -87,7 +87,7 @@ def test_clock() -> None:
 def test_no_step_is_begun_that_cannot_end_in_time(data: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(model, "_step_seconds", lambda *args: 1e6)
     assert fit(data, tmp_path / "out", "--budget", "30") == 0
-    assert "48 rows: Krylov, Adam: 0 steps" in capsys.readouterr().out
+    assert "48 rows: Krylov, L-BFGS: 0 steps" in capsys.readouterr().out
 
 
 def test_the_number_of_threads_is_restored(data: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from ritz.gp.lbfgs import LBFGS
 from ritz.gp.training import Clock, HeldOut
 from ritz.kernels import RBF, Matern, Scale
 
-PRODUCTS = (Hutchinson(4), Lanczos(rtol=1e-3))
+PRODUCTS = (Hutchinson(20), Lanczos(rtol=1e-3))
 
 
 class Interrupted(Exception):
@@ -40,6 +40,7 @@ def make(dtype=torch.float64):
     return process(dtype=dtype, noise=0.3, logdet=PRODUCTS)
 
 
+@pytest.mark.filterwarnings("ignore::ritz.errors.ConvergenceWarning")  # float32 on its way to a small noise
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("optimizer", [Adam(6, lr=0.2), LBFGS(6, ftol=0.0)])
 def test_resumed_equals_uninterrupted(optimizer, dtype, tmp_path):
@@ -150,7 +151,7 @@ def test_other_fits_are_refused(tmp_path):
         ("parameters, constants", frozen, {}),
         ("model;", smoother, {}),
         ("model", ExactGP(Scale(RBF(3)), logdet=PRODUCTS).double(), {}),
-        ("logdet", process(noise=0.3, logdet=(Hutchinson(4, seed=1), Lanczos(rtol=1e-3))), {}),
+        ("logdet", process(noise=0.3, logdet=(Hutchinson(20, seed=1), Lanczos(rtol=1e-3))), {}),
         ("optimizer", make(), {"optimizer": Adam(1)}),
         ("seed", make(), {"seed": 1}),
         ("validation", make(), {"validation": data(10)}),

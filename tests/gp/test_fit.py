@@ -8,15 +8,16 @@ import pytest
 import torch
 from tests.gp.problems import data, process
 
-from ritz import Hutchinson, Lanczos
+from ritz import Auto, Hutchinson, Lanczos
 from ritz.errors import ConvergenceWarning, OperandError
-from ritz.gp import ExactGP, LeaveOneOut, fit
+from ritz.gp import ExactGP, LeaveOneOut, ZeroMean, fit
 from ritz.gp.adam import Adam
 from ritz.gp.lbfgs import LBFGS, minimize
-from ritz.gp.start import start_noise
+from ritz.gp.start import kept_preconditioner, start_noise
 from ritz.gp.training import HeldOut
 from ritz.kernels import RBF, Matern, Scale
-from ritz.solve import Landmarks
+from ritz.result import Info
+from ritz.solve import Landmarks, RandomlyPivotedCholesky
 
 EXACT = (Hutchinson(1000), Lanczos(rtol=1e-6))  # as many probes as points: nothing random, but by products
 
@@ -319,11 +320,21 @@ def test_preconditioner_is_chosen_once_and_settings_come_back():
     text = str(report)
     assert "kept: preconditioned" in text and "evaluations by LBFGS" in text and "residual" in text
     assert report.accuracy["residual"] < 1e-2 and report.accuracy["standard_error"] > 0
-    rough = process(noise=0.5, logdet=(Hutchinson(6), Lanczos(rtol=1e-4)))
-    rough.kernel.base_kernel.lengthscale = 0.01  # near a multiple of the identity: nothing to precondition
-    report = fit(rough, X, y, subset=None, steps=1)
-    if report.standard_errors["preconditioned"] >= report.standard_errors["plain"]:
-        assert report.preconditioner is None and "kept: plain" in str(report)
+    plain = process(logdet=(Hutchinson(6), Lanczos(rtol=1e-4)), preconditioner=None)
+    report = fit(plain, X, y, subset=None, steps=1)
+    assert report.preconditioner is None and report.standard_errors == {} and "kept" not in str(report)
+
+
+def test_what_a_likelihood_chose_is_kept():
+    def said(**details):
+        return Info(None, 0, 0, details=details)
+
+    asked, pivots = RandomlyPivotedCholesky(5), torch.tensor([4, 1, 7])
+    assert kept_preconditioner(Auto(), said(preconditioner=None)) is None
+    assert kept_preconditioner(Auto(), said(preconditioner=asked, pivots=pivots)) == Landmarks((4, 1, 7))
+    assert kept_preconditioner(asked, said(preconditioner=asked, pivots=pivots)) == Landmarks((4, 1, 7))
+    for other in (Auto(), asked, None):  # the dense path, and an evaluation that broke down, say nothing
+        assert kept_preconditioner(other, said()) is other and kept_preconditioner(other, None) is other
 
 
 @pytest.mark.parametrize("options", [{}, {"logdet": EXACT}])
@@ -404,7 +415,7 @@ def test_bad_settings():
             wrong()
 
 
-@pytest.mark.parametrize("optimizer", [Adam(17), LBFGS(17, memory=4, ftol=1e-4)])
+@pytest.mark.parametrize("optimizer", [Adam(17), LBFGS(17, memory=4, ftol=1e-4, line_steps=3)])
 def test_memory_stays_flat(optimizer):
     X, y = data(40)
     gp = process(logdet=(Hutchinson(3), Lanczos(25)))
@@ -421,3 +432,13 @@ def test_memory_stays_flat(optimizer):
         gp.load_state_dict(start)
         fit(gp, X, y, subset=None, optimizer=optimizer, callback=count)
     assert max(counts[1:]) <= min(counts[1:]) + 120  # less than one block of the probes, and pairs that come and go
+
+
+def test_held_out_score_of_independent_outputs_is_the_mean_of_their_scores():
+    X = torch.linspace(0, 1, 40, dtype=torch.float64).unsqueeze(1)
+    Y = torch.cat([torch.sin(6 * X), torch.cos(6 * X), X], 1)
+    gp = ExactGP(Scale(RBF(lengthscale=0.3)), mean=ZeroMean(), noise=0.05).double()
+    new = X + 0.01
+    joint = HeldOut(new, Y).score(gp, X, Y)
+    alone = [HeldOut(new, Y[:, a]).score(gp, X, Y[:, a]) for a in range(3)]
+    assert joint == pytest.approx(sum(alone) / 3, rel=1e-10)

@@ -7,7 +7,6 @@ import sys
 import threading
 
 import mpmath
-import numpy as np
 import pytest
 import torch
 
@@ -15,6 +14,7 @@ from ritz.errors import OperandError
 from ritz.kernels import RBF, Matern, NumbaTiles, RationalQuadratic, Stored, Tiles, for_iteration
 from ritz.kernels.backends import choose
 from ritz.kernels.distances import prepare
+from ritz.kernels.panels import rounds, together
 from ritz.kernels.profiles import Gaussian, MaternProfile, RationalQuadraticProfile
 from ritz.kernels.torch_tiles import TorchPass
 from ritz.kernels.triton_tiles import TritonTiles
@@ -22,7 +22,7 @@ from ritz.methods import Auto
 from ritz.testing import check_operator
 
 numba_code = pytest.importorskip("ritz.kernels.numba_code", reason="needs numba")
-from ritz.kernels.numba_tiles import CHUNK, CompiledPass  # noqa: E402
+from ritz.kernels.numba_tiles import CompiledPass  # noqa: E402
 
 CPU = torch.device("cpu")
 KERNELS = {
@@ -201,27 +201,73 @@ def test_logarithm_of_the_rational_quadratic(dtype, alpha):
 
 @pytest.mark.parametrize("dtype, wide", [(torch.float32, False), (torch.float32, True), (torch.float64, False)])
 @pytest.mark.parametrize("profile", [Gaussian(), MaternProfile(2.5), RationalQuadraticProfile(0.7)], ids=str)
-def test_bits_do_not_depend_on_the_number_of_threads(profile, dtype, wide):
-    size = 5 * CHUNK + 77
+def test_compiled_pairing_is_that_of_the_torch_pass(profile, dtype, wide):
+    size = 5077
     t = profile.scale * torch.rand(size, dtype=torch.float64 if wide else dtype) * 9
-    T = torch.rand(size, dtype=dtype)
+    T, found = torch.rand(size, dtype=dtype), []
+    points = prepare(torch.zeros(1, 1, dtype=torch.float64), None, profile, t.dtype)
+    for run in (compiled(profile, dtype, size, wide), TorchPass(profile, points, dtype, size)):
+        sums = torch.ones(1 + profile.num_shapes, dtype=torch.float64)
+        S = run.pairing(t.clone(), T.clone(), sums)
+        assert S.dtype == t.dtype and bool((sums != 1).all())
+        found.append((S, sums))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-20)
+
+
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 7), (12, 12), (5, 9)])
+def test_panels_cover_every_tile_once_and_do_not_meet(same, apart, shape):
+    rows, columns = shape
+    if same and rows != columns:
+        return
+    for threads in range(1, max(2, 1 + (columns // 2 if same else min(shape)))):
+        seen = []
+        for panels in rounds(rows, columns, threads, same=same, apart=apart):
+            assert len(panels) == threads
+            touched = [({i for i, j in p} | ({j for i, j in p} if same else set()), {j for i, j in p}) for p in panels]
+            for a in range(threads):
+                for b in range(a):
+                    assert not touched[a][0] & touched[b][0]
+                    assert not apart or same or not touched[a][1] & touched[b][1]
+            seen += [tile for p in panels for tile in p]
+        assert sorted(seen) == [(i, j) for i in range(rows) for j in range(i if same else 0, columns)]
+
+
+@pytest.mark.parametrize("backend", [Tiles(20), NumbaTiles(20)], ids=str)
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_number_of_threads_matters_to_rounding_only(backend, same, dtype):
+    kernel, X, Z = RationalQuadratic(3, alpha=0.7).to(dtype), draw(130, 3, dtype), None if same else draw(85, 3, dtype)
+    Q, Lam = draw(130 if same else 85, 7, dtype, 2), draw(130, 7, dtype, 3)
     before, found = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 2, 3):
             torch.set_num_threads(threads)
-            run, sums = compiled(profile, dtype, size, wide), torch.zeros(1 + profile.num_shapes, dtype=torch.float64)
-            k = run.values(t.clone()).clone()
-            found.append((k, run.pairing(t.clone(), T, sums), sums))
+            X.requires_grad_(True)
+            K = kernel(X, Z, backend=backend)
+            with torch.no_grad():
+                found.append([K @ Q, K.to_dense()])
+            with torch.inference_mode():
+                assert torch.equal(K @ Q, found[-1][0])
+            found[-1] += K.pair(Lam, Q)
+            assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
-    # ... and are those of the torch pass, up to rounding
-    points = prepare(torch.zeros(1, 1, dtype=torch.float64), None, profile, t.dtype)
-    plain, sums = TorchPass(profile, points, dtype, size), torch.zeros(1 + profile.num_shapes, dtype=torch.float64)
-    k, S = plain.values(t.clone()).clone(), plain.pairing(t.clone(), T.clone(), sums)
-    for a, b in zip(found[0], (k, S, sums), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-20)
+    for one, two, again, three in zip(*found, strict=True):
+        if one is not None:
+            assert torch.equal(two, again)
+            for other in (two, three):
+                torch.testing.assert_close(other, one, rtol=1e-3 if dtype == torch.float32 else 1e-10, atol=1e-4)
+
+
+def test_an_error_in_a_thread_is_raised():
+    def fail():
+        raise ValueError("from a tile")
+
+    with pytest.raises(ValueError, match="from a tile"):
+        together([fail, lambda: None])
 
 
 def test_python_threads_do_not_disturb_each_other():
@@ -298,11 +344,15 @@ def test_choice(monkeypatch):
     assert choose(Auto(), many, torch.device("mps")) == Tiles()
 
 
-def test_choice_for_repeated_products():
-    assert for_iteration(16_384, 16_384, torch.float32, CPU) == Stored()
-    assert for_iteration(16_385, 16_384, torch.float32, CPU) == Auto()
-    assert for_iteration(11_585, 11_585, torch.float64, CPU) == Stored()
-    assert for_iteration(11_586, 11_586, torch.float64, CPU) == Auto()
+def test_choice_for_repeated_products(monkeypatch):
+    single, double, cuda = torch.float32, torch.float64, torch.device("cuda")
+    assert for_iteration(2048, 2048, single, CPU) == Auto() and for_iteration(2047, 2048, single, CPU) == Stored()
+    for size, dtype in ((16_384, single), (11_585, double)):
+        assert for_iteration(size, size, dtype, cuda) == Stored()
+        assert for_iteration(size + 1, size, dtype, cuda) == Auto()
+    spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "numba" else spec(name))
+    assert for_iteration(2048, 2048, single, CPU) == Stored()
 
 
 def test_operators_say_what_they_use():
@@ -358,16 +408,18 @@ def test_numba_is_imported_at_the_first_tile_only():
     assert done.returncode == 0, done.stderr
 
 
-def test_without_an_openmp_runtime_the_pass_runs_in_the_calling_thread(monkeypatch):
-    from ritz.kernels import numba_tiles
+def test_without_an_openmp_runtime_tiles_are_made_by_the_calling_thread(monkeypatch):
+    from ritz.kernels import panels
 
     class Empty:
         def __init__(self, name):
             pass
 
-    t = -torch.rand(3 * CHUNK)
-    want = compiled(Gaussian(), torch.float32, t.numel()).values(t.clone())
-    monkeypatch.setattr(numba_tiles.ctypes, "CDLL", Empty)
-    assert numba_tiles._parallel() is None
-    assert torch.equal(compiled(Gaussian(), torch.float32, t.numel()).values(t.clone()), want)
-    np.testing.assert_allclose(want.numpy(), np.exp(t.numpy()), rtol=1e-6)
+    monkeypatch.setattr(panels.ctypes, "CDLL", Empty)
+    assert panels.pool() is None
+    seen = []
+    together([lambda: seen.append(threading.get_ident())] * 3)
+    assert seen == [threading.get_ident()] * 3
+    X = draw(90, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(RBF().double()(X, backend=Tiles(20)).to_dense(), textbook(RBF().double(), X, X))

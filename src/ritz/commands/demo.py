@@ -19,7 +19,7 @@ def run_demo(out: Path, small: bool, budget: float, seed: int, as_json: bool) ->
     if small:
         recipe = Recipe(subset=300, subset_steps=15, steps=3, probes=4, depth=20)
     else:
-        recipe = Recipe(subset=2000, budget=max(budget - START, 1.0))
+        recipe = Recipe(budget=max(budget - START, 1.0))
     shipped = resources.files("ritz").joinpath("data", "elevators.csv.gz")
     with resources.as_file(shipped) as data, tempfile.TemporaryDirectory(prefix="ritz-") as folder:
         if small:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .. import plot
+from ..gp import Fit
 from . import model, scores
 from .console import Console, Phase
 from .dataset import Problem, Scaling, make_problem
@@ -121,12 +122,13 @@ def _fit(problem: Problem, options: FitOptions, console: Console) -> Fitted:
     reserve = 0.0 if recipe.budget is None else model.prediction_seconds(n, len(y_test))
     clock = model.Clock(recipe.budget, reserve)
     results = {"constant": scores.score(y_test, np.array(scaling.y_mean), scaling.y_scale)}
-    phases = []
+    phases: list[dict[str, Any]] = []
+    first: Fit | None = None
 
     rows = np.sort(np.random.default_rng(options.seed).permutation(n)[: recipe.subset])
     if recipe.subset:
         with console.phase("subset", recipe.subset_steps) as phase:
-            model.fit_subset(gp, X[rows], y[rows], recipe, phase, clock)
+            first = model.fit_subset(gp, X[rows], y[rows], recipe, phase, clock)
         phases.append(_history("subset", f"{len(rows)} rows: Cholesky, L-BFGS", len(rows), phase))
         console.fact("subset", _spent(phases[-1]))
     if 0 < len(rows) < n:
@@ -134,8 +136,9 @@ def _fit(problem: Problem, options: FitOptions, console: Console) -> Fitted:
         results["subset"] = scores.score(y_test, *scaling.outputs(mean, std))
     if recipe.steps and len(rows) < n:
         with console.phase("all rows", recipe.steps + 1) as phase:
-            model.fit_all(gp, X, y, recipe, options.seed, phase, clock)
-        phases.append(_history("all", f"{n} rows: Krylov, Adam", n, phase))
+            model.fit_all(gp, X, y, recipe, options.seed, phase, clock, first)
+        how = "L-BFGS" if recipe.lr is None else "Adam"
+        phases.append(_history("all", f"{n} rows: Krylov, {how}", n, phase))
         console.fact("all", _spent(phases[-1]))
     mean, std = scaling.outputs(*model.predict(gp, X, y, X_test))
     results["model"] = scores.score(y_test, mean, std)

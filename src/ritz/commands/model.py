@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..gp import ExactGP, vanilla_priors
+from ..gp import ExactGP, Fit, vanilla_priors
 from ..gp.fit import fit
 from ..gp.posterior import DOUBLE_UP_TO, FACTOR_UP_TO
 from ..kernels import RBF, Matern, Scale
@@ -21,7 +21,7 @@ from .console import Phase
 from .failure import CommandError
 from .recipe import KERNELS, Recipe
 
-TYPICAL_PRODUCTS = 50  # of a step of the second stage
+TYPICAL_PRODUCTS = 25  # with a kept matrix, that a step of the second stage takes as long as
 SUBSET_SHARE = 0.35  # of the time for training that the first stage may take
 
 
@@ -87,15 +87,18 @@ def build(spec: Spec, dimensions: int) -> ExactGP:
     return ExactGP(Scale(base), noise=0.1, noise_floor=floor, priors=vanilla_priors(dimensions))
 
 
-def fit_subset(gp: ExactGP, X: Tensor, y: Tensor, recipe: Recipe, phase: Phase, clock: Clock) -> None:
-    """First stage: L-BFGS on a subset X (m, d), by Cholesky."""
+def fit_subset(gp: ExactGP, X: Tensor, y: Tensor, recipe: Recipe, phase: Phase, clock: Clock) -> Fit:
+    """First stage: L-BFGS on a subset X (m, d), by Cholesky. Its report has the curvature for the second stage."""
     end = clock.end(SUBSET_SHARE if recipe.steps else 1.0)
     report = fit(gp, X, y, subset=len(X), subset_steps=recipe.subset_steps, steps=0, callback=_follow(phase, end))
     _check(gp, report.stopped.get("subset", ""), phase)
+    return report
 
 
-def fit_all(gp: ExactGP, X: Tensor, y: Tensor, recipe: Recipe, seed: int, phase: Phase, clock: Clock) -> None:
-    """Second stage: Adam on all rows X (n, d), by products; the best step seen is kept."""
+def fit_all(
+    gp: ExactGP, X: Tensor, y: Tensor, recipe: Recipe, seed: int, phase: Phase, clock: Clock, earlier: Fit | None
+) -> None:
+    """Second stage: L-BFGS, or Adam, on all rows X (n, d), by products; the best step seen is kept."""
     depth = Lanczos(recipe.depth) if recipe.depth else Lanczos(rtol=1e-2)
     gp.logdet = (Hutchinson(recipe.probes, seed=seed), depth)
     threads = torch.get_num_threads()
@@ -103,7 +106,8 @@ def fit_all(gp: ExactGP, X: Tensor, y: Tensor, recipe: Recipe, seed: int, phase:
         if math.isfinite(clock.end()) and time.perf_counter() + _step_seconds(gp, X, recipe.probes + 1) > clock.end():
             phase.stopped = "no time for a step"
             return
-        report = fit(gp, X, y, subset=None, steps=recipe.steps, lr=recipe.lr, callback=_follow(phase, clock.end()))
+        options: dict[str, Any] = {"steps": recipe.steps, "lr": recipe.lr, "earlier": earlier}
+        report = fit(gp, X, y, subset=None, **options, callback=_follow(phase, clock.end()))
     finally:
         torch.set_num_threads(threads)
     _check(gp, report.stopped.get("all", ""), phase)
@@ -158,7 +162,7 @@ def prediction_seconds(n: int, rows: int) -> float:
 
 
 def _step_seconds(gp: ExactGP, X: Tensor, columns: int) -> float:
-    """How long one step of the second stage may take here, judged by one block product.
+    """How long one step of the second stage may take here, judged by two block products (the first makes the matrix).
 
     Leaves the number of threads at one where that is faster: on a machine with other work to do, threads that wait for
     each other at every tile can be ten times slower than a single one.
@@ -169,8 +173,11 @@ def _step_seconds(gp: ExactGP, X: Tensor, columns: int) -> float:
         for threads in sorted({1, many}):
             torch.set_num_threads(threads)
             began = time.perf_counter()
-            gp.covariance(X) @ V
-            seconds[threads] = time.perf_counter() - began
+            A = gp.covariance(X)
+            A @ V
+            made = time.perf_counter()
+            A @ V
+            seconds[threads] = made - began + TYPICAL_PRODUCTS * (time.perf_counter() - made)
     best = min(seconds, key=lambda threads: seconds[threads])
     torch.set_num_threads(best)
-    return TYPICAL_PRODUCTS * seconds[best]
+    return seconds[best]

@@ -24,7 +24,7 @@ def add_fit(commands: Any, common: argparse.ArgumentParser) -> None:
         description=(
             "Fit an exact Gaussian process to a table, score it on held-out rows, and save model and figure.\n\n"
             "Hyper-parameters are fitted twice: on a random subset, by Cholesky and L-BFGS, which is quick and\n"
-            "finds the region; then on all training rows, by Krylov methods and Adam, from there."
+            "finds the region; then on all training rows, by Krylov methods and L-BFGS, from there."
         ),
         epilog=(
             "DIR receives model.safetensors and model.json (for `ritz gp predict`), metrics.json (scores, coverage,\n"
@@ -84,10 +84,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     second = parser.add_argument_group("second phase, on all training rows")
     second.add_argument(
         "--steps", metavar="N", type=_count, default=_DEFAULT.steps,
-        help=f"at most this many steps of Adam, 0 for none (default {_DEFAULT.steps})",
+        help=f"at most this many steps of L-BFGS, 0 for none (default {_DEFAULT.steps})",
     )  # fmt: skip
     second.add_argument(
-        "--lr", metavar="X", type=_number, default=_DEFAULT.lr, help=f"step size (default {_DEFAULT.lr})"
+        "--lr", metavar="X", type=_number, default=_DEFAULT.lr, help="use Adam instead, with this step size (0.05, say)"
     )
     second.add_argument(
         "--probes", metavar="N", type=_positive, default=_DEFAULT.probes,

@@ -17,8 +17,8 @@ class Recipe:
         dtype: "float32" or "float64"; None: by the number of rows.
         subset: points of the first phase (Cholesky, L-BFGS); 0 leaves it out.
         subset_steps: its step limit.
-        steps: step limit of the second phase (all points, Adam); 0 leaves it out.
-        lr: its step size.
+        steps: step limit of the second phase (all points, L-BFGS); 0 leaves it out.
+        lr: step size of Adam, which then takes the place of L-BFGS in the second phase.
         probes, depth: of the stochastic log-determinant in the second phase; depth None adapts.
         budget: seconds for everything, scoring included; None is no limit.
     """
@@ -26,10 +26,10 @@ class Recipe:
     kernel: str = "matern32"
     ard: bool = True
     dtype: str | None = None
-    subset: int = 2000
+    subset: int = 1000
     subset_steps: int = 40
-    steps: int = 20
-    lr: float = 0.1
+    steps: int = 12
+    lr: float | None = None
     probes: int = 8
     depth: int | None = None
     budget: float | None = None

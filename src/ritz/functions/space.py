@@ -22,7 +22,7 @@ from ..result import Info, OnFailure, Status, caller_level
 from .scalar import ScalarFunction
 
 Product = Callable[[Tensor], Tensor]
-FIRST, GROWTH = 12, 1.3  # adaptive depth: first look after so many steps, next after that factor
+FIRST, GROWTH = 8, 1.2  # adaptive depth: first look after so many steps, next after that factor
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def build(
         if k >= limit:
             done = limit == V.shape[0] or bool((space.state.depth < k).all())
             return space, error, Status.EXHAUSTED if done else Status.MAX_STEPS
-        k = min(limit, max(k + 4, int(GROWTH * k)))
+        k = min(limit, max(k + 2, int(GROWTH * k)))
         state = run(matmat, V, k, state=state, **options)
 
 

@@ -1,8 +1,11 @@
 """Gaussian-process regression with exact covariances, from tens to millions of points."""
 
+from .adam import Adam
+from .checkpoint import Checkpoint
 from .exact import ExactGP
 from .fit import Fit, fit
 from .from_gpytorch import from_gpytorch
+from .lbfgs import LBFGS
 from .means import ConstantMean, LinearMean, ZeroMean
 from .multioutput import MultiOutputGP, MultiOutputPosterior
 from .noise import FixedNoise, HeteroscedasticNoise
@@ -12,8 +15,11 @@ from .posterior import Posterior
 from .priors import vanilla_priors
 from .projection import Projection
 from .regressor import GPRegressor
+from .training import HeldOut
 
 __all__ = [
+    "Adam",
+    "Checkpoint",
     "ConstantMean",
     "Exact",
     "ExactGP",
@@ -21,7 +27,9 @@ __all__ = [
     "Fit",
     "FixedNoise",
     "GPRegressor",
+    "HeldOut",
     "HeteroscedasticNoise",
+    "LBFGS",
     "LeaveOneOut",
     "LinearMean",
     "MarginalLikelihood",

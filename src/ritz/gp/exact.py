@@ -49,8 +49,8 @@ class ExactGP(nn.Module):
         preconditioner: of the iterative path: None; a value such as ``RandomlyPivotedCholesky(100)`` that is built
             anew for every covariance; a built one; or ``Auto()``, which builds ``RandomlyPivotedCholesky()`` and keeps
             it unless the log-determinant's standard error is clearly larger with it.
-        backend: how products with the kernel matrix are computed, as in ``kernel(X, backend=...)``; ``Auto()`` stores
-            the matrix up to 1 GiB, and makes it by tiles above.
+        backend: how products with the kernel matrix are computed, as in ``kernel(X, backend=...)``; ``Auto()`` is
+            what :func:`ritz.kernels.for_iteration` says: tiles, or the stored matrix where those are slow.
         priors: densities of hyper-parameters by attribute path, such as ``{"kernel.outputscale": LogNormal(0.0, 1.0),
             "noise": ...}``: torch.distributions objects, or others with ``log_prob(tensor)``, evaluated at the positive
             values (not at the raw ones), summed over their entries. :meth:`log_prior` is their sum; it is what
@@ -157,7 +157,7 @@ class ExactGP(nn.Module):
     def covariance(self, X: Tensor) -> LinearOperator:
         """K(X, X) plus the noise on its diagonal, as an operator."""
         backend = self.backend
-        if isinstance(backend, Auto):  # a likelihood takes tens of products: store the matrix where it fits
+        if isinstance(backend, Auto):  # a likelihood takes tens of products
             backend = for_iteration(X.shape[0], X.shape[0], X.dtype, X.device)
         K = self.kernel(X, backend=backend)
         noise = self.observed_noise(X)
@@ -300,7 +300,7 @@ class ExactGP(nn.Module):
         check_finite(noises, "noises")
         r = self.residual(X, y)
         backend = self.backend
-        if isinstance(backend, Auto):  # a likelihood takes tens of products: store the matrix where it fits
+        if isinstance(backend, Auto):  # a likelihood takes tens of products
             backend = for_iteration(X.shape[0], X.shape[0], X.dtype, X.device)
         K = self.kernel(X, backend=backend)
         logdet, quadratic = likelihood.noise_curve(K, r, noises, self.method(r.shape[0]))

@@ -72,7 +72,7 @@ class GPRegressor:
         subset: int | None = 1000,
         subset_steps: int = 50,
         steps: int = 10,
-        lr: float = 0.05,
+        lr: float | None = None,
         max_seconds: float | None = None,
         dtype: str = "float64",
         device: str = "cpu",

@@ -69,6 +69,7 @@ class HeldOut:
         except NUMERICAL:
             return math.inf
         m, v, t = mean.double(), variance.double(), self.y[index].double()
+        v = v.unsqueeze(1) if v.ndim < m.ndim else v  # independent outputs share their variance
         score = float((0.5 * (2 * math.pi * v).log() + (t - m).square() / (2 * v)).mean())
         return score if math.isfinite(score) else math.inf
 

@@ -72,15 +72,25 @@ def choose(backend: Auto | TileBackend, size: int = 0, device: torch.device = to
 
 
 def for_iteration(n: int, m: int, dtype: torch.dtype, device: torch.device) -> Stored | Auto:
-    """What to multiply by again and again with: the stored matrix up to 1 GiB, on any device, and tiles above.
+    """What to multiply by some tens of times: tiles where compiled code makes them on a CPU, or else the stored matrix.
 
-    A pure function of the size, not of the memory that happens to be free: n = 16 384 in float32 and 11 585 in float64
-    are the largest squares that are stored. A stored product needs half of the time of a tiled one or less, and filling
-    the matrix about that of one product.
+    ================================  ==========
+    first that holds                  back end
+    ================================  ==========
+    more than 1 GiB of matrix         ``Auto()``
+    CPU with numba, ≥ 2²² entries     ``Auto()``
+    otherwise                         ``Stored()``
+    ================================  ==========
+
+    A pure function of its arguments and of what is installed, not of the memory that happens to be free: n = 16 384 in
+    float32 and 11 585 in float64 are the largest squares that are stored. Compiled tiles take 1.6 times as long as the
+    stored matrix, which first has to be filled in the time of four products: for tens of products that is too little
+    for n² numbers. Tiles by torch operations take almost four times as long.
 
     Args:
         n, m: rows and columns.
         dtype: of the entries.
         device: where they would be.
     """
-    return Stored() if n * m * dtype.itemsize <= COMFORTABLE else Auto()
+    compiled = n * m >= SMALL and NumbaTiles.available(device)
+    return Auto() if compiled or n * m * dtype.itemsize > COMFORTABLE else Stored()

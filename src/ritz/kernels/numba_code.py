@@ -17,16 +17,13 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
 from numba import carray, types
-from numba.extending import intrinsic
 
 GAUSSIAN, MATERN12, MATERN32, MATERN52, RATIONAL = range(5)  # numbers of the profiles in compiled code
 
 # Any: numba's own types of decorators do not know options that come as a dictionary
 njit: Any = numba.njit
 cfunc: Any = numba.cfunc
-_intrinsic: Any = intrinsic
 
 EXACT = {"fastmath": {"contract"}, "error_model": "numpy", "nogil": True}
 SCALAR = {**EXACT, "forceinline": True}
@@ -249,87 +246,47 @@ def _loops(profile: Any, real: Any, bends: bool) -> tuple[Any, Any, Any]:
 _values32, _over32, _pairing32 = _profiles(np.float32, exp32, log1p32, -80.0)
 _values64, _over64, _pairing64 = _profiles(np.float64, exp64, log1p64, -690.0)
 
-# -- what each thread runs ---------------------------------------------------------------------------------------------
-# data: addresses of facts = (size, chunk, code), (alpha, top), the counter, t, the second tile, and a pair of sums for
-# each chunk. The counter hands chunks out; which thread takes one does not matter to the numbers.
-
-
-@_intrinsic
-def _take(typingctx: Any, cursor: Any) -> Any:
-    """The number at the address, which goes up by one; by one thread at a time."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        number = ir.IntType(64)
-        pointer = builder.bitcast(args[0], number.as_pointer())
-        return builder.atomic_rmw("add", pointer, ir.Constant(number, 1), "monotonic")
-
-    return types.int64(types.voidptr), codegen
+# -- what is called ----------------------------------------------------------------------------------------------------
+# data: addresses of facts = (size, code), (alpha, top), t, the second tile, and the pair of sums.
 
 
 @njit(**SCALAR)
 def _facts(data: Any) -> Any:
-    facts, shapes = carray(data[0], 3, np.int64), carray(data[1], 2, np.float64)
-    return facts[0], facts[1], facts[2], shapes[0], shapes[1]
+    facts, shapes = carray(data[0], 2, np.int64), carray(data[1], 2, np.float64)
+    return facts[0], facts[1], shapes[0], shapes[1]
 
 
 def _values_single(data: Any) -> None:
-    size, chunk, code, alpha, top = _facts(data)
-    t = carray(data[3], size, np.float32)
-    c = _take(data[2]) * chunk
-    while c < size:
-        _values32(code, alpha, top, t[c : c + chunk])
-        c = _take(data[2]) * chunk
+    size, code, alpha, top = _facts(data)
+    _values32(code, alpha, top, carray(data[2], size, np.float32))
 
 
 def _values_wide(data: Any) -> None:
-    size, chunk, code, alpha, top = _facts(data)
-    t, out = carray(data[3], size, np.float64), carray(data[4], size, np.float32)
-    c = _take(data[2]) * chunk
-    while c < size:
-        _over32(code, alpha, top, t[c : c + chunk], out[c : c + chunk])
-        c = _take(data[2]) * chunk
+    size, code, alpha, top = _facts(data)
+    _over32(code, alpha, top, carray(data[2], size, np.float64), carray(data[3], size, np.float32))
 
 
 def _values_double(data: Any) -> None:
-    size, chunk, code, alpha, top = _facts(data)
-    t = carray(data[3], size, np.float64)
-    c = _take(data[2]) * chunk
-    while c < size:
-        _values64(code, alpha, top, t[c : c + chunk])
-        c = _take(data[2]) * chunk
+    size, code, alpha, top = _facts(data)
+    _values64(code, alpha, top, carray(data[2], size, np.float64))
 
 
 def _pairing_single(data: Any) -> None:
-    size, chunk, code, alpha, top = _facts(data)
-    t, T = carray(data[3], size, np.float32), carray(data[4], size, np.float32)
-    sums = carray(data[5], (size // chunk + 1, 2), np.float64)
-    c = _take(data[2])
-    while c * chunk < size:
-        a, b = c * chunk, (c + 1) * chunk
-        sums[c, 0], sums[c, 1] = _pairing32(code, alpha, top, t[a:b], T[a:b])
-        c = _take(data[2])
+    size, code, alpha, top = _facts(data)
+    t, T, sums = carray(data[2], size, np.float32), carray(data[3], size, np.float32), carray(data[4], 2, np.float64)
+    sums[0], sums[1] = _pairing32(code, alpha, top, t, T)
 
 
 def _pairing_wide(data: Any) -> None:
-    size, chunk, code, alpha, top = _facts(data)
-    t, T = carray(data[3], size, np.float64), carray(data[4], size, np.float32)
-    sums = carray(data[5], (size // chunk + 1, 2), np.float64)
-    c = _take(data[2])
-    while c * chunk < size:
-        a, b = c * chunk, (c + 1) * chunk
-        sums[c, 0], sums[c, 1] = _pairing32(code, alpha, top, t[a:b], T[a:b])
-        c = _take(data[2])
+    size, code, alpha, top = _facts(data)
+    t, T, sums = carray(data[2], size, np.float64), carray(data[3], size, np.float32), carray(data[4], 2, np.float64)
+    sums[0], sums[1] = _pairing32(code, alpha, top, t, T)
 
 
 def _pairing_double(data: Any) -> None:
-    size, chunk, code, alpha, top = _facts(data)
-    t, T = carray(data[3], size, np.float64), carray(data[4], size, np.float64)
-    sums = carray(data[5], (size // chunk + 1, 2), np.float64)
-    c = _take(data[2])
-    while c * chunk < size:
-        a, b = c * chunk, (c + 1) * chunk
-        sums[c, 0], sums[c, 1] = _pairing64(code, alpha, top, t[a:b], T[a:b])
-        c = _take(data[2])
+    size, code, alpha, top = _facts(data)
+    t, T, sums = carray(data[2], size, np.float64), carray(data[3], size, np.float64), carray(data[4], 2, np.float64)
+    sums[0], sums[1] = _pairing64(code, alpha, top, t, T)
 
 
 VALUES = {(4, 4): _values_single, (8, 4): _values_wide, (8, 8): _values_double}

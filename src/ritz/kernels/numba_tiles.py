@@ -1,10 +1,4 @@
-"""Tiles of a stationary kernel matrix on a CPU, with one compiled pass in place of several torch operations.
-
-The matrix products stay with BLAS. The pass between them runs in the threads of the OpenMP runtime that torch itself
-uses, through that runtime's own entry point: a second pool of threads (numba's, or Python's) would compete with
-torch's, which keep spinning for a while after each product, and numba's portable pool aborts the process when two
-Python threads use it at once. Where the runtime cannot be found, the pass runs in the calling thread.
-"""
+"""Tiles of a stationary kernel matrix on a CPU, with one compiled pass in place of several torch operations."""
 
 from __future__ import annotations
 
@@ -21,8 +15,6 @@ from .distances import Coordinates
 from .profiles import Gaussian, MaternProfile, Profile, RationalQuadraticProfile
 from .torch_tiles import Tiles, TorchPass
 
-CHUNK = 8192  # entries that a thread takes at a time: 3 µs, and a multiple of a vector
-
 
 @dataclass(frozen=True)
 class NumbaTiles(Tiles):
@@ -33,8 +25,7 @@ class NumbaTiles(Tiles):
     tensors that are not on a CPU, or of other dtypes than float32 and float64, are treated as by :class:`Tiles`.
 
     Numba is loaded and the pass compiled when the first tile is made; the result is kept on disk beside the package, or
-    in numba's own cache directory, or only in memory where neither can be written. The pass runs in
-    ``torch.get_num_threads()`` threads; its bits do not depend on their number (those of torch's products may).
+    in numba's own cache directory, or only in memory where neither can be written.
 
     Args:
         edge: rows and columns of a tile; None is 512.
@@ -45,12 +36,12 @@ class NumbaTiles(Tiles):
         """Whether tensors on ``device`` can be served: a CPU, and numba installed."""
         return device.type == "cpu" and importlib.util.find_spec("numba") is not None
 
-    def _pass(self, profile: Profile, points: Coordinates, dtype: torch.dtype) -> TorchPass:
+    def _pass(self, profile: Profile, points: Coordinates, dtype: torch.dtype, area: int) -> TorchPass:
         code = _code(profile)
         served = points.left.device.type == "cpu" and dtype in (torch.float32, torch.float64)
         if code is None or not served:
-            return super()._pass(profile, points, dtype)
-        return CompiledPass(code, profile, points, dtype, self._area(points, dtype))
+            return super()._pass(profile, points, dtype, area)
+        return CompiledPass(code, profile, points, dtype, area)
 
 
 def _code(profile: Profile) -> int | None:
@@ -70,58 +61,33 @@ class CompiledPass(TorchPass):
 
         self.profile = profile
         self._sizes = (points.left.dtype.itemsize, dtype.itemsize)
-        self._code = numba_code
-        self._parallel = _parallel()
         self._narrow = torch.empty(area if self._sizes == (8, 4) else 0, dtype=dtype)
+        self._code = numba_code
         # What the compiled functions read, at addresses that do not move: see numba_code.
-        self._facts = np.array([0, CHUNK, code], dtype=np.int64)
+        self._facts = np.array([0, code], dtype=np.int64)
         self._shapes = np.array([1.0, 0.0])
         if isinstance(profile, RationalQuadraticProfile):
             # the profile's own upper end of t, which it applies to a tile
             top = profile.clamp_(torch.full((1,), torch.finfo(dtype).max, dtype=dtype))
             self._shapes[:] = profile.alpha, float(top)
-        self._counter = np.zeros(1, dtype=np.int64)
-        self._sums = np.zeros((area // CHUNK + 1, 2))
-        ours = [a.ctypes.data for a in (self._facts, self._shapes, self._counter)]
-        self._data = np.array([*ours, 0, 0, self._sums.ctypes.data], dtype=np.uintp)
+        self._sums = np.zeros(2)
+        self._data = np.array(
+            [self._facts.ctypes.data, self._shapes.ctypes.data, 0, 0, self._sums.ctypes.data], dtype=np.uintp
+        )
 
     def values(self, r2: Tensor) -> Tensor:
-        function = self._code.VALUES[self._sizes]
-        if self._narrow.numel() == 0:
-            self._run(function, r2, r2)
-            return r2
-        k = self._narrow[: r2.numel()].view(r2.shape)
-        self._run(function, r2, k)
+        k = self._narrow[: r2.numel()].view(r2.shape) if self._narrow.numel() else r2
+        self._run(self._code.VALUES[self._sizes], r2, k)
         return k
 
     def pairing(self, r2: Tensor, T: Tensor, sums: Tensor | None) -> Tensor:
         self._run(self._code.PAIRING[self._sizes], r2, T)
         if sums is not None:
-            chunks = -(-r2.numel() // CHUNK)
-            sums += torch.from_numpy(self._sums[:chunks].sum(0)[: sums.numel()])
+            sums += torch.from_numpy(self._sums[: sums.numel()])
         return r2
 
     def _run(self, function: Any, t: Tensor, second: Tensor) -> None:
-        """Pass over a tile, with its chunks shared out among torch's threads."""
-        size = t.numel()
-        self._facts[0], self._counter[0] = size, 0
-        self._data[3], self._data[4] = t.data_ptr(), second.data_ptr()
-        address, data = self._code.address(function), self._data.ctypes.data
-        threads = min(torch.get_num_threads(), -(-size // CHUNK))
-        if threads == 1 or self._parallel is None:
-            ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(data)
-        else:
-            self._parallel(address, data, threads, 0)
-
-
-def _parallel() -> Any:
-    """GOMP_parallel(function, data, threads, flags) of the OpenMP runtime in this process, or None.
-
-    GNU's runtime and LLVM's both have it. It runs function(data) once in each thread of the pool.
-    """
-    try:
-        found = ctypes.CDLL(None).GOMP_parallel
-    except (OSError, AttributeError, TypeError):  # no such runtime; on Windows CDLL(None) is a TypeError
-        return None
-    found.argtypes, found.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
-    return found
+        self._facts[0] = t.numel()
+        self._data[2], self._data[3] = t.data_ptr(), second.data_ptr()
+        # ctypes lets other Python threads run meanwhile
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._code.address(function))(self._data.ctypes.data)

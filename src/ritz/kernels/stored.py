@@ -1,4 +1,4 @@
-"""A kernel matrix that is kept: filled once by tiles, multiplied by BLAS, differentiated by tiles."""
+"""A kernel matrix that is kept: filled once by tiles, multiplied and differentiated by tiles."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..numerics import full_precision
 from ..operators import Sum
 from ..operators.base import Gradients, LinearOperator
 from .backends import Stored
+from .torch_tiles import multiply
 
 
 class StoredOperator(LinearOperator):
@@ -63,14 +64,12 @@ class StoredOperator(LinearOperator):
         if torch.is_grad_enabled():
             return self.operator._rmatmat(X)
         with full_precision():
-            return (X.mT.contiguous() @ self.matrix()).mT
+            return multiply(self.matrix().mT, X, same=False)
 
     @torch.no_grad()
     def _numeric(self, X: Tensor) -> Tensor:
         with full_precision():
-            # Vectors as rows, which BLAS multiplies faster by a tall matrix; a symmetric one is its own transpose.
-            K = self.matrix()
-            return (X.mT.contiguous() @ (K if self.hermitian else K.mT)).mT
+            return multiply(self.matrix(), X, same=bool(self.hermitian))
 
     def _recorded(self, X: Tensor, *tensors: Tensor) -> Tensor:
         return _recorded(self.operator, X, tensors)

@@ -8,7 +8,7 @@ pairing makes tiles anew: with T = Λ Qᵀ, S = T ∘ k'(t)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import OperandError
 from .distances import Coordinates
+from .panels import Panel, pool, rounds, together
 from .profiles import Profile
 
 WORKSPACE = 64 * 2**20  # bytes of tile buffers at most, on any device
@@ -73,6 +74,9 @@ class TorchPass:
 class Tiles:
     """Square tiles of the matrix, made and used one after the other by torch operations; never the whole matrix.
 
+    On a CPU, ``torch.get_num_threads()`` threads have tiles of their own (see panels.py) where each gets several. The
+    same call gives the same bits with the same number of threads.
+
     Args:
         edge: rows and columns of a tile; None is 512 on a CPU, and elsewhere as many as fit into 64 MB of workspace
             (1792 in float32, 1408 in float64): a pure function of dtype and device type.
@@ -98,24 +102,30 @@ class Tiles:
         # Vectors as rows: a tile times a few columns takes BLAS four times as long as a few rows times a tile.
         k, X = X.shape[1], _as_rows(X)
         Y = torch.zeros(X.shape[0], points.U.shape[0], dtype=X.dtype, device=X.device)
-        tiles, edge = self._pass(profile, points, X.dtype), self.size(X.dtype, X.device)
+        edge = self.size(X.dtype, X.device)
         x, y = X.split(edge, 1), Y.split(edge, 1)
-        for i, j, r2 in self._tiles(points, X.dtype):
-            K = tiles.values(r2)
+
+        def visit(worker: _Worker, i: int, j: int) -> None:
+            K = worker.tile.values(worker.distances(i, j))
             y[i].addmm_(x[j], K.mT)
             if points.same and i != j:
                 y[j].addmm_(x[i], K)
+
+        self._visit(profile, points, X.dtype, visit)
         return Y[:k].mT
 
     def fill(self, profile: Profile, points: Coordinates, out: Tensor) -> None:
         """Write k(U, V) into ``out`` (n, m)."""
-        tiles, edge = self._pass(profile, points, out.dtype), self.size(out.dtype, out.device)
+        edge = self.size(out.dtype, out.device)
         parts = [rows.split(edge, 1) for rows in out.split(edge)]
-        for i, j, r2 in self._tiles(points, out.dtype):
-            K = tiles.values(r2)
+
+        def visit(worker: _Worker, i: int, j: int) -> None:
+            K = worker.tile.values(worker.distances(i, j))
             parts[i][j].copy_(K)
             if points.same and i != j:
                 parts[j][i].copy_(K.mT)
+
+        self._visit(profile, points, out.dtype, visit)
 
     def contract(
         self, profile: Profile, points: Coordinates, Lam: Tensor, Q: Tensor, *, moves: bool, sums: bool
@@ -127,59 +137,127 @@ class Tiles:
             sums: whether value and shapes are.
         """
         same, U, V = points.same, points.U, points.V
-        n, q = U.shape
+        q = U.shape[1]
         one_U = _as_rows(torch.cat([U, torch.ones_like(U[:, :1])], 1))
         one_V = one_U if same else _as_rows(torch.cat([V, torch.ones_like(V[:, :1])], 1))
         G_U = torch.zeros_like(one_U)
         G_V = G_U if same else torch.zeros_like(one_V)
-        totals = torch.zeros(1 + profile.num_shapes, dtype=torch.float64, device=U.device) if sums else None
         # ⟨Λ, dK Q⟩ with dK symmetric: a tile above the diagonal stands for its mirror image as well
         left, right = (torch.cat([Lam, Q], 1), torch.cat([Q, Lam], 1)) if same else (Lam, Q)
         k, edge = Lam.shape[1], self.size(Q.dtype, Q.device)
         rows, columns = left.split(edge), right.mT.contiguous().split(edge, 1)
         u, v, g_u, g_v = (P.split(edge, 1) for P in (one_U, one_V, G_U, G_V))
-        tiles = self._pass(profile, points, Q.dtype)
-        buffer = torch.empty(self._area(points, Q.dtype), dtype=Q.dtype, device=Q.device)
-        for i, j, r2 in self._tiles(points, Q.dtype):
-            T = buffer[: r2.numel()].view(r2.shape)
+
+        def visit(worker: _Worker, i: int, j: int) -> None:
+            r2 = worker.distances(i, j)
+            T = worker.second[: r2.numel()].view(r2.shape)
             if same and i != j:
                 torch.mm(rows[i], columns[j], out=T)
             else:
                 torch.mm(rows[i][:, :k], columns[j][:k], out=T)
-            S = tiles.pairing(r2, T, totals)
+            S = worker.tile.pairing(r2, T, worker.sums if sums else None)
             if moves:
                 if same and i == j:
                     S.fill_diagonal_(0.0)  # u_i − u_i: large, and would have to cancel
                 g_u[i].addmm_(v[j], S.mT)
                 g_v[j].addmm_(u[i], S)
-        if totals is None:
-            totals = torch.zeros(1 + profile.num_shapes, dtype=torch.float64, device=U.device)
+
+        workers = self._visit(profile, points, Q.dtype, visit, pairing=True)
+        totals = torch.stack([w.sums for w in workers]).sum(0)
         if not moves:
             return Contraction(None, None, totals[0], totals[1:])
         grads = [2 * profile.scale * (G[q] * P.mT - G[:q]).mT for G, P in ((G_U, U), (G_V, V))]
         return Contraction(grads[0], None if same else grads[1], totals[0], totals[1:])
 
-    def _pass(self, profile: Profile, points: Coordinates, dtype: torch.dtype) -> TorchPass:
-        return TorchPass(profile, points, dtype, self._area(points, dtype))
+    def _pass(self, profile: Profile, points: Coordinates, dtype: torch.dtype, area: int) -> TorchPass:
+        return TorchPass(profile, points, dtype, area)
 
-    def _area(self, points: Coordinates, dtype: torch.dtype) -> int:
-        """Entries of the largest tile."""
-        edge = self.size(dtype, points.left.device)
-        return min(edge, points.left.shape[0]) * min(edge, points.right.shape[1])
+    def _visit(
+        self,
+        profile: Profile,
+        points: Coordinates,
+        dtype: torch.dtype,
+        visit: Callable[[_Worker, int, int], None],
+        pairing: bool = False,
+    ) -> list[_Worker]:
+        """Call visit(worker, i, j) for every tile, the upper ones only where the points are the same."""
+        device, edge = points.left.device, self.size(dtype, points.left.device)
+        n, m = points.left.shape[0], points.right.shape[1]
+        rows, columns = -(-n // edge), -(-m // edge)
+        area = min(edge, n) * min(edge, m)
+        threads = 1
+        if device.type == "cpu" and pool() is not None:
+            room = WORKSPACE // max(area * (2 * points.left.dtype.itemsize + 2 * dtype.itemsize), 1)
+            most = columns // 2 if points.same else min(rows, columns) if pairing else rows
+            threads = max(1, min(torch.get_num_threads(), most, room))
+        workers = [
+            _Worker(self._pass(profile, points, dtype, area), points, edge, area, dtype, pairing)
+            for _ in range(threads)
+        ]
 
-    def _tiles(self, points: Coordinates, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-        """(i, j, distances times scale) of every tile, the upper ones only where the points are the same."""
-        edge, same = self.size(dtype, points.left.device), points.same
-        left, right = points.left.split(edge), points.right.split(edge, 1)
-        buffer = torch.empty(self._area(points, dtype), dtype=points.left.dtype, device=points.left.device)
-        for i, rows in enumerate(left):
-            for j in range(i if same else 0, len(right)):
-                shape = (rows.shape[0], right[j].shape[1])
-                r2 = buffer[: shape[0] * shape[1]].view(shape)
-                torch.mm(rows, right[j], out=r2)
-                if same and i == j:
-                    r2.fill_diagonal_(0.0)
-                yield i, j, r2
+        def task(worker: _Worker, panel: Panel) -> Callable[[], None]:
+            def run() -> None:
+                for i, j in panel:
+                    visit(worker, i, j)
+
+            return run
+
+        for panels in rounds(rows, columns, threads, same=points.same, apart=pairing):
+            together([task(w, p) for w, p in zip(workers, panels, strict=True)])
+        return workers
+
+
+class _Worker:
+    """What one thread needs for its tiles. Workers are bound to panels: sums do not depend on who is faster."""
+
+    def __init__(
+        self, tile: TorchPass, points: Coordinates, edge: int, area: int, dtype: torch.dtype, pairing: bool
+    ) -> None:
+        device, exact = points.left.device, points.left.dtype
+        self.tile, self._same = tile, points.same
+        self._left, self._right = points.left.split(edge), points.right.split(edge, 1)
+        self._buffer = torch.empty(area, dtype=exact, device=device)
+        self.second = torch.empty(area if pairing else 0, dtype=dtype, device=device)
+        self.sums = torch.zeros(1 + tile.profile.num_shapes, dtype=torch.float64, device=device)
+
+    def distances(self, i: int, j: int) -> Tensor:
+        """Squared distances times the profile's scale, exactly 0 on the diagonal."""
+        rows, columns = self._left[i], self._right[j]
+        shape = (rows.shape[0], columns.shape[1])
+        r2 = self._buffer[: shape[0] * shape[1]].view(shape)
+        torch.mm(rows, columns, out=r2)
+        if self._same and i == j:
+            r2.fill_diagonal_(0.0)
+        return r2
+
+
+def multiply(K: Tensor, X: Tensor, *, same: bool) -> Tensor:
+    """K X for a dense matrix in memory (n, m) and a block (m, k); with ``same`` K is symmetric and half of it is read.
+
+    On a CPU by tiles: BLAS takes two to three times as long for a large matrix times a few columns.
+    """
+    if K.device.type != "cpu":
+        return K @ X
+    k, X = X.shape[1], _as_rows(X)
+    Y = torch.zeros(X.shape[0], K.shape[0], dtype=X.dtype)
+    x, y = X.split(CPU_EDGE, 1), Y.split(CPU_EDGE, 1)
+    parts = [rows.split(CPU_EDGE, 1) for rows in K.split(CPU_EDGE)]
+
+    def task(panel: Panel) -> Callable[[], None]:
+        def run() -> None:
+            for i, j in panel:
+                tile = parts[i][j]
+                y[i].addmm_(x[j], tile.mT)
+                if same and i != j:
+                    y[j].addmm_(x[i], tile)
+
+        return run
+
+    most = len(x) // 2 if same else len(y)
+    threads = max(1, min(torch.get_num_threads() if pool() is not None else 1, most))
+    for panels in rounds(len(y), len(x), threads, same=same, apart=False):
+        together([task(panel) for panel in panels])
+    return Y[:k].mT
 
 
 def _as_rows(X: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def _log1p(s):
 
 @triton.jit
 def _profile(s, alpha, PROFILE: tl.constexpr):
-    """k of s, where s = t·log₂e/…: exponentials become exp2 of s or √s without another multiplication.
+    """k of s. Its factor is chosen such that exponentials are exp2 of s or of √s, without another multiplication.
 
     Gaussian: s = ½ log₂e·r². Matérn ν: s = 2ν (log₂e)²·r², √s = a·log₂e. Rational quadratic: s = r²/(2α).
     """

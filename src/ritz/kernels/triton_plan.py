@@ -68,8 +68,8 @@ def product_blocks(dtype: torch.dtype, vectors: int, how: int, q: int) -> Blocks
     | float32 | any | any | > 64 | 64 × 32, 4, 1 |
     | float64 | any | any | any | 32 × 32, 4, 1 |
 
-    Read off the compiled code for compute capability 8.0 and 9.0: tiles as large as they can be without local memory
-    (48 bytes a thread at 64 vectors on 8.0) and with at most 99 KiB of shared memory, the least that such a GPU has.
+    Read off the compiled code: as large as tiles can be without registers spilled on compute capability 9.0 (on 8.0 at
+    most 96 bytes a thread), within 69 KiB of shared memory. Not yet chosen by times.
     """
     if dtype == torch.float64:
         return Blocks(32, 32, 4, 1)
