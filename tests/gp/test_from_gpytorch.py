@@ -199,6 +199,35 @@ def test_refusals():
             from_gpytorch(model)
 
 
+class Model(nn.Module):
+    """A stand-in for a model that is a module, with more than its three parts."""
+
+    def __init__(self, **more):
+        super().__init__()
+        vars_ = vars(stand_in(ScaleKernel(outputscale=[2.0], base_kernel=RBFKernel(lengthscale=[[1.0]]))))
+        for name, value in {**vars_, **more}.items():
+            setattr(self, name, value)
+
+
+def test_what_belongs_to_no_part_is_refused():
+    cases = [
+        ({"extractor": nn.Linear(3, 3)}, "Model has extractor beside covar_module, mean_module, likelihood"),
+        ({"norm": nn.BatchNorm1d(3, affine=False)}, "has norm beside"),
+        ({"warp": nn.Parameter(torch.ones(3))}, "has warp beside"),
+        ({"feature_extractor": torch.tanh}, "has feature_extractor beside"),
+        ({"input_transform": nn.Identity(), "outcome_transform": nn.Identity()}, "input_transform, outcome_transform"),
+        ({"warp": nn.Parameter(torch.ones(3)), "input_transform": nn.Linear(3, 3)}, "has warp, input_transform beside"),
+    ]
+    for more, words in cases:
+        with pytest.raises(OperandError, match=words):
+            from_gpytorch(Model(**more))
+    with pytest.raises(OperandError, match="has feature_extractor beside"):
+        from_gpytorch(stand_in(RBFKernel(lengthscale=[[1.0]]), feature_extractor=nn.Linear(3, 3)))
+    harmless = Model(scale=nn.Tanh(), input_transform=None)
+    harmless.base = harmless.covar_module.base_kernel  # a part under a second name
+    assert isinstance(from_gpytorch(harmless).kernel, Scale)
+
+
 # -- with GPyTorch ----------------------------------------------------------------------------------------------------
 
 

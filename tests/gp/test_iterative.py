@@ -170,6 +170,17 @@ def test_cg_finishes_with_the_preconditioner():
     assert found["preconditioned"].depth < 0.5 * found["plain"].depth
 
 
+def test_a_cg_that_fails_is_the_status_and_warns_once():
+    model, (_, y) = Model(200, noise=1e-3), data(200)
+    with torch.no_grad(), pytest.warns(ConvergenceWarning) as record:
+        _, info = iterative(model.operator(), y, (Hutchinson(3), Lanczos(3)), CG(rtol=1e-11, max_steps=4), "warn")
+    assert len(record) == 1 and info.status is info.details["solve"].status is Status.MAX_STEPS
+    A, y = hard(1e7, torch.float32)
+    with torch.no_grad(), pytest.warns(ConvergenceWarning) as record:
+        _, info = iterative(A, y, (Hutchinson(3), Lanczos(3)), CG(rtol=1e-6), "warn")
+    assert len(record) == 1 and info.status is info.details["solve"].status is Status.STAGNATED
+
+
 def info_quadratic(model, Y, P):
     """The quadratic form alone: twice the difference of two likelihoods that have the log-determinant in common."""
     method = (Hutchinson(200), Lanczos(3))
@@ -191,7 +202,9 @@ def test_auto_reports_both_and_takes_the_smaller():
             asked = None if better == "plain" else RandomlyPivotedCholesky()
             again, other = iterative(model.operator(), y, method, None, "raise", preconditioner=asked)
             plain = iterative(model.operator(), y, method, None, "raise")[1]
+            first = iterative(model.operator(), y, method, None, "raise", preconditioner=RandomlyPivotedCholesky())[1]
         assert torch.equal(value, again) and info.details["preconditioner"] == asked
+        assert info.num_matvecs == first.num_matvecs + (other.num_matvecs if asked is None else 0)
         assert errors[better] == pytest.approx(2 * float(other.standard_error), rel=1e-3)
         assert errors["plain"] == pytest.approx(2 * float(plain.standard_error), rel=0.25)
 

@@ -161,6 +161,8 @@ def test_hopeless_float32_is_announced():
     with pytest.warns(ConvergenceWarning, match="float64"):
         _, info = gp.log_marginal_likelihood(X, y, return_info=True)
     assert info.details["rounding"] > 0.1
+    _, info = gp.log_marginal_likelihood(X, y, return_info=True, on_failure="ignore")  # a warning would be an error
+    assert info.details["rounding"] > 0.1
     gp.preconditioner = RandomlyPivotedCholesky(100)  # takes the large eigenvalues away: no warning, and so an error
     _, info = gp.log_marginal_likelihood(X, y, return_info=True)
     assert info.details["rounding"] < 0.1
@@ -207,6 +209,18 @@ def test_trivial_sizes_and_targets():
     value = forced.log_marginal_likelihood(X, 0 * y)  # a zero column in the block
     value.backward()
     assert bool(torch.isfinite(forced.raw_noise.grad))
+
+
+def test_a_direct_solver_keeps_to_its_memory():
+    X, y = data(40)
+    enough = 2 * 8 * 40**2
+    gp, short = (process(solver=Direct(max_bytes=size)) for size in (enough, enough - 1))
+    gp.condition(X, y), gp.log_marginal_likelihood(X, y), gp.leave_one_out(X, y)
+    noises = torch.ones(1, dtype=torch.float64)
+    calls = (short.condition, short.log_marginal_likelihood, short.leave_one_out)
+    for call in (*calls, lambda X, y: short.noise_curve(X, y, noises)):
+        with pytest.raises(OperandError, match=f"need {enough} bytes.*max_bytes={enough - 1}.*raise max_bytes"):
+            call(X, y)
 
 
 def test_arguments():

@@ -8,8 +8,8 @@ import torch
 from tests.gp.problems import data, process
 from torch.distributions import LogNormal, MultivariateNormal
 
-from ritz import CG, Direct, Hutchinson, Lanczos
-from ritz.errors import DomainError, OperandError
+from ritz import CG, ConvergenceWarning, Direct, Hutchinson, Lanczos, Status
+from ritz.errors import DomainError, OperandError, SecondDerivativeError
 from ritz.gp import ConstantMean, ExactGP, FixedNoise, LinearMean, MultiOutputGP, ZeroMean, fit
 from ritz.kernels import RBF, Matern, Scale
 
@@ -149,9 +149,52 @@ def test_posterior(solver):
     for got, ref in ((mean, want), (variance, spread.diagonal())):
         found, truth = (torch.autograd.grad(t.sum(), new, retain_graph=True)[0] for t in (got, ref))
         torch.testing.assert_close(found, truth, rtol=1e-6, atol=1e-7)
-    assert posterior.weights.shape == (N, P) and (posterior.info is None) == isinstance(solver, Direct)
+    joint = posterior.covariance(new)
+    torch.testing.assert_close(joint, spread, rtol=1e-7, atol=1e-8)
+    noisy = posterior.covariance(new, noise=True) - joint
+    torch.testing.assert_close(noisy, torch.diag(torch.cat([gp.noise] * 7)), rtol=1e-7, atol=1e-12)
+    G = torch.randn(7 * P, 7 * P, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    found, truth = (torch.autograd.grad((G * t).sum(), new, retain_graph=True)[0] for t in (joint, spread))
+    torch.testing.assert_close(found, truth, rtol=1e-6, atol=1e-7)
+    assert posterior.weights.shape == (N, P) and float(posterior.info.residual.max()) < 1e-10
+    assert (posterior.info.method == Direct()) == isinstance(solver, Direct)
     assert bool((posterior.variance(X) >= 0).all()) and repr(posterior).startswith("MultiOutputPosterior(24")
-    assert posterior.predict(new[:0])[1].shape == (0, P)
+    assert posterior.predict(new[:0])[1].shape == (0, P) and posterior.sample(new[:0], 2).shape == (2, 0, P)
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_samples_have_the_posterior_moments(noise):
+    X, Y = targets()
+    posterior = correlated().condition(X, Y)
+    new = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    drawn = posterior.sample(new, 20_000, noise=noise, seed=1)
+    assert drawn.shape == (20_000, 4, P) and torch.equal(drawn, posterior.sample(new, 20_000, noise=noise, seed=1))
+    S, error = posterior.covariance(new, noise=noise), (drawn - posterior.mean(new)).reshape(20_000, -1)
+    z = error.mean(0) / (S.diagonal() / 20_000).sqrt()
+    assert float(z.abs().max()) < 4.5
+    scale = torch.outer(S.diagonal(), S.diagonal()).sqrt()  # an entry's standard error is at most √2 of it, over √m
+    assert float(((error.mT @ error / 20_000 - S) / scale).abs().max()) < 5 * (2 / 20_000) ** 0.5
+
+
+def test_variance_by_products_is_of_first_order_and_reports_its_solves():
+    X, Y = targets()
+    new = data(400, seed=1)[0].requires_grad_(True)  # several blocks
+    dense, products = (correlated(solver=s).condition(X, Y) for s in (Direct(), CG(rtol=1e-11)))
+    two = new[:2].detach().requires_grad_(True)
+    assert torch.autograd.gradgradcheck(dense.variance, two) and torch.autograd.gradcheck(products.variance, two)
+    for f in (products.variance, products.covariance):
+        (grad,) = torch.autograd.grad(f(two).sum(), two, create_graph=True)
+        with pytest.raises(SecondDerivativeError, match="Direct"):
+            torch.autograd.grad(grad.sum(), two)
+    _, info = dense.variance(new, return_info=True)
+    assert info.method == Direct() and info.status is Status.CONVERGED and info.residual.shape == (400, P)
+    with pytest.warns(ConvergenceWarning):
+        rough = correlated(solver=CG(max_steps=2), preconditioner=None).condition(X, Y)
+    with pytest.warns(ConvergenceWarning, match="1200 variances") as record:
+        v, info = rough.variance(new.detach(), return_info=True)
+    assert len(record) == 1 and info.status is Status.MAX_STEPS and info.details["solved"] == 1200
+    excess = v - dense.variance(new).detach()
+    assert float(excess.min()) > -1e-10 and bool((excess <= info.residual + 1e-10).all()) and float(excess.max()) > 1e-3
 
 
 def test_posterior_in_float32_and_by_products():
@@ -236,6 +279,9 @@ def test_state_copies_and_priors():
 def test_auto_counts_every_entry():
     gp = MultiOutputGP(RBF(), 4)
     assert gp.method(500) == Direct() and gp.method(501) == (Hutchinson(10), Lanczos(rtol=1e-3))
+    X = data(130)[0]  # 520 entries, and not 4 times as many
+    _, info = gp.double().log_marginal_likelihood(X, X[:, :1].expand(130, 4), return_info=True)
+    assert info.method == Direct()
 
 
 def test_breakdown_is_explained():
@@ -259,6 +305,9 @@ def test_arguments():
         (lambda: gp.noise_curve(X, Y, torch.ones(2)), "one noise"),
         (lambda: gp.condition(X, Y).mean(X[:, :2]), r"expected \(n\*, 3\)"),
         (lambda: gp.condition(X, Y).mean(X.float()), "torch.float64"),
+        (lambda: gp.condition(X, Y).covariance(X.new_zeros(1334, 3)), "of size 4002"),
+        (lambda: gp.condition(X, Y).sample(X, 0), "at least 1"),
+        (lambda: correlated(solver=Direct(max_bytes=16 * 72**2 - 1)).condition(X, Y), "size 72 .* need 82944 bytes"),
     ]
     for call, words in cases:
         with pytest.raises(OperandError, match=words):

@@ -250,7 +250,7 @@ def test_shapes_and_arguments():
         assert posterior.sample(X[:0], 3, method=method).shape == (3, 0)
         assert posterior.sample(X[:1], 1, method=method).shape == (1, 1)
         assert not posterior.sample(X[:1].clone().requires_grad_(True), method=method).requires_grad
-    for make in (lambda: posterior.sample(X, 0), lambda: posterior.sample_paths(0)):
+    for make in (*(lambda k=k: posterior.sample(X, k) for k in (0, -1)), lambda: posterior.sample_paths(0)):
         with pytest.raises(OperandError, match="at least 1"):
             make()
     with pytest.raises(OperandError, match="expected Exact"):

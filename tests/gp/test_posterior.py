@@ -8,7 +8,7 @@ from tests.gp.problems import data, process
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ritz import CG, ConvergenceWarning, Direct
+from ritz import CG, ConvergenceWarning, Direct, Status
 from ritz.errors import OperandError, SecondDerivativeError
 from ritz.gp import ExactGP, FixedNoise, HeteroscedasticNoise
 from ritz.gp import posterior as module
@@ -91,6 +91,10 @@ def test_noise_that_varies(options):
     posterior = learned.condition(X, y)
     added = posterior.variance(Xs, noise=True) - posterior.variance(Xs)
     torch.testing.assert_close(added, learned.noise_at(Xs).detach())
+    P = Xs.clone().requires_grad_(True)  # the noise of a new observation depends on its point
+    for f in (posterior.variance, posterior.covariance):
+        (got,) = torch.autograd.grad((f(P, noise=True) - f(P)).sum(), P)
+        torch.testing.assert_close(got, torch.autograd.grad(learned.noise_at(P).sum(), P)[0], rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("options", [{}, {"solver": CG(rtol=1e-12)}], ids=["dense", "iterative"])
@@ -220,6 +224,28 @@ def test_an_unconverged_solve_only_enlarges_variance_and_covariance():
     with pytest.warns(ConvergenceWarning):
         S = posterior.covariance(Xs)
     assert float(torch.linalg.eigvalsh(S - exact)[0]) > -1e-12
+
+
+@pytest.mark.parametrize("method", [CG(max_steps=2), Projection(5, rtol=1e-3)], ids=["cg", "projection"])
+def test_failed_solves_are_reported_and_warned_of_once(method):
+    X, y = data(120)
+    Xs = data(1100, seed=1)[0].requires_grad_(True)  # several blocks
+    with pytest.warns(ConvergenceWarning):
+        posterior = process(solver=CG(max_steps=2), preconditioner=None).condition(X, y)
+    with pytest.warns(ConvergenceWarning, match="1100 variances: step limit .* target of 1e-06") as record:
+        v, info = posterior.variance(Xs, method=method, return_info=True)
+        v.sum().backward()
+    assert len(record) == 1 and info.status is Status.MAX_STEPS and info.depth == 2
+    done = process(solver=CG(rtol=1e-8)).condition(X, y).variance(Xs, return_info=True)[1]
+    assert done.status is Status.CONVERGED and done.depth > 2
+
+
+def test_rounding_is_judged_by_whether_there_is_a_preconditioner():
+    X, y = data(300, dtype=torch.float32)
+    options = {"dtype": torch.float32, "noise": 1e-4, "solver": CG(rtol=0.5)}
+    with pytest.warns(ConvergenceWarning, match="give a preconditioner"):
+        process(preconditioner=None, **options).condition(X, y)
+    process(**options).condition(X, y)  # no warning, and so no error
 
 
 # -- variances from a basis -------------------------------------------------------------------------------------------

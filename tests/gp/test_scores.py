@@ -65,12 +65,24 @@ def test_several_outputs_and_float32():
     folded = [t.reshape(100, 3) for t in (mean, variance, y)]
     assert float(scores.nll(*folded)) == pytest.approx(float(scores.nll(mean, variance, y)))
     torch.testing.assert_close(scores.coverage(*folded), scores.coverage(mean, variance, y))
+    mean_, variance_, y_ = folded  # one variance a point, as predict has it for outputs of one kernel
+    shared, spread = variance_[:, 0], variance_[:, :1].expand(100, 3)
+    for score in (scores.nll, scores.coverage):
+        torch.testing.assert_close(score(mean_, shared, y_), score(mean_, spread, y_))
+    with pytest.raises(OperandError, match=r"variance has shape \(99,\)"):
+        scores.nll(mean_, shared[:99], y_)
     short = predictions(300, dtype=torch.float32)
     value = scores.nll(*short)
     assert value.dtype == torch.float64 and float(value) == pytest.approx(
         float(scores.nll(mean, variance, y)), rel=1e-5
     )
     assert not scores.rmse(mean.clone().requires_grad_(True), y).requires_grad
+
+
+def test_scores_are_found_beside_the_processes():
+    import ritz
+
+    assert ritz.gp.scores is scores and "scores" in ritz.gp.__all__
 
 
 def test_arguments():

@@ -4,12 +4,10 @@ import copy
 import math
 import pickle
 
-import mpmath
 import pytest
 import torch
+from tests.kernels.formulas import check_under_torch_func, direct, points
 
-import ritz
-from ritz import functions
 from ritz.errors import OperandError
 from ritz.kernels import (
     RBF,
@@ -47,48 +45,6 @@ KERNELS = {
 SMOOTH = [
     name for name in KERNELS if name not in ("matern 0.7", "four factors")
 ]  # differentiable in the points where they coincide
-
-
-def points(n, d=3, dtype=torch.float64, seed=0, repeat=True):
-    X = torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    if repeat:
-        X[n // 2] = X[1]
-        X[n - 1] = X[1]
-    return X
-
-
-def direct(kernel, X, Z):
-    """k(x, z) from differences and inner products, without any of the library's numerics."""
-    if hasattr(kernel, "kernels"):
-        parts = torch.stack([direct(k, X, Z) for k in kernel.kernels])
-        return parts.prod(0) if type(kernel).__name__ == "ProductKernel" else parts.sum(0)
-    if isinstance(kernel, Scale):
-        return kernel.outputscale * direct(kernel.base_kernel, X, Z)
-    if kernel.active_dims is not None:
-        X, Z = X[:, kernel.active_dims], Z[:, kernel.active_dims]
-    if isinstance(kernel, Linear):
-        return torch.einsum("ia,ja,a->ij", X, Z, kernel.variance.expand(1, X.shape[1])[0])
-    if isinstance(kernel, Polynomial):
-        return (torch.einsum("ia,ja->ij", X, Z) + kernel.offset) ** kernel.power
-    difference = X[:, None] - Z[None]
-    if isinstance(kernel, Periodic):
-        sine = torch.sin(math.pi * difference / kernel.period_length)
-        return torch.exp(-2 * (sine.square() / kernel.lengthscale).sum(2))
-    r2 = (difference / kernel.lengthscale).square().sum(2)
-    if isinstance(kernel, RBF):
-        return torch.exp(-r2 / 2)
-    if isinstance(kernel, Matern) and kernel.nu == 0.5:
-        return torch.exp(-r2.sqrt())
-    if isinstance(kernel, Matern) and kernel.nu == 2.5:
-        return (1 + (5 * r2).sqrt() + 5 * r2 / 3) * torch.exp(-(5 * r2).sqrt())
-    if isinstance(kernel, RationalQuadratic):
-        return (1 + r2 / (2 * kernel.alpha)) ** -kernel.alpha
-    flat = []
-    for v in r2.detach().flatten().tolist():
-        nu = mpmath.mpf(kernel.nu)
-        a = mpmath.sqrt(2 * nu * v)
-        flat.append(float(2 ** (1 - nu) / mpmath.gamma(nu) * a**nu * mpmath.besselk(nu, a)) if v else 1.0)
-    return torch.tensor(flat, dtype=r2.dtype).reshape(r2.shape)
 
 
 class Dense(torch.nn.Module):
@@ -222,19 +178,10 @@ def test_mixed_second_derivative_at_coincident_points():
 def test_under_torch_func_and_over_several_backward_passes(name):
     kernel = KERNELS[name]().double()
     X, v = points(15), torch.linspace(0, 1, 15, dtype=torch.float64)
-    parameters = dict(kernel.named_parameters())
-
-    def fn(parameters, X):
-        K = torch.func.functional_call(kernel, parameters, (X,))
-        return ritz.quadratic_form(functions.log, K.shift(0.1), v, method=ritz.Lanczos(15))
-
-    a, b = torch.func.grad(fn, argnums=(0, 1))(parameters, X)
+    check_under_torch_func(kernel, X)
     X = X.clone().requires_grad_(True)
-    want = torch.autograd.grad(fn(parameters, X), [*parameters.values(), X])
-    for x, y in zip([*a.values(), b], want):
-        torch.testing.assert_close(x, y.detach(), rtol=1e-8, atol=1e-10)
     K = kernel(X)
-    passes = [torch.autograd.grad(v @ (K @ v), [*parameters.values(), X]) for _ in range(2)]
+    passes = [torch.autograd.grad(v @ (K @ v), [*kernel.parameters(), X]) for _ in range(2)]
     for x, y in zip(*passes):
         assert torch.equal(x, y)
     with torch.no_grad():

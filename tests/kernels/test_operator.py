@@ -2,9 +2,8 @@
 
 import pytest
 import torch
+from tests.kernels.formulas import check_under_torch_func, direct, points
 
-import ritz
-from ritz import functions
 from ritz.errors import NonFiniteError, OperandError
 from ritz.kernels import RBF, Kernel, Matern, Scale, Stored, Tiles
 from ritz.solve import PivotedCholesky
@@ -20,33 +19,6 @@ KERNELS = {
     "sum": lambda: 0.3 * (RBF(3) + 0.5 * Matern(0.5)),
     "product": lambda: 1.5 * (RBF() * Matern(2.5, 3)),
 }
-
-
-def points(n, d, dtype=torch.float64, seed=0, repeat=True):
-    X = torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    if repeat:
-        X[n // 2] = X[1]
-        X[n - 1] = X[1]
-    return X
-
-
-def direct(kernel, X, Z):
-    """k(x, z) from differences, without any of the library's numerics."""
-    if hasattr(kernel, "kernels"):
-        parts = [direct(k, X, Z) for k in kernel.kernels]
-        total = parts[0]
-        for p in parts[1:]:
-            total = total * p if type(kernel).__name__ == "ProductKernel" else total + p
-        return total
-    if isinstance(kernel, Scale):
-        return kernel.outputscale * direct(kernel.base_kernel, X, Z)
-    if kernel.active_dims is not None:
-        X, Z = X[:, kernel.active_dims], Z[:, kernel.active_dims]
-    r2 = ((X[:, None] - Z[None]) / kernel.lengthscale).square().sum(2)
-    if isinstance(kernel, RBF):
-        return torch.exp(-r2 / 2)
-    a = (2 * kernel.nu * r2).sqrt()
-    return {0.5: 1 + 0 * a, 1.5: 1 + a, 2.5: 1 + a + a * a / 3}[kernel.nu] * torch.exp(-a)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -214,18 +186,7 @@ def test_one_operator_serves_several_backward_passes():
 @pytest.mark.parametrize("name", ["matern52", "sum", "product"])
 def test_under_torch_func(name):
     kernel = KERNELS[name]().double()
-    X, v = points(20, 3), torch.linspace(0, 1, 20, dtype=torch.float64)
-    parameters = dict(kernel.named_parameters())
-
-    def fn(parameters, X):
-        K = torch.func.functional_call(kernel, parameters, (X,))
-        return ritz.quadratic_form(functions.log, K.shift(0.1), v, method=ritz.Lanczos(20))
-
-    a, b = torch.func.grad(fn, argnums=(0, 1))(parameters, X)
-    X = X.clone().requires_grad_(True)
-    want = torch.autograd.grad(fn(parameters, X), [*parameters.values(), X])
-    for x, y in zip([*a.values(), b], want):
-        torch.testing.assert_close(x, y.detach(), rtol=1e-8, atol=1e-10)
+    check_under_torch_func(kernel, points(20, 3))
 
 
 def test_functional_parameters_reach_products_after_the_call():

@@ -1,5 +1,6 @@
 """Gaussian-process regression with exact covariances, from tens to millions of points."""
 
+from . import scores
 from .adam import Adam
 from .checkpoint import Checkpoint
 from .exact import ExactGP
@@ -42,5 +43,6 @@ __all__ = [
     "ZeroMean",
     "fit",
     "from_gpytorch",
+    "scores",
     "vanilla_priors",
 ]

@@ -8,9 +8,24 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..numerics import in_transform
+from ..errors import OperandError
+from ..numerics import check_finite, in_transform
 
 BLOCK_BYTES = 64 * 2**20  # of the widest matrix that a block needs
+
+
+def check_points(Xs: Tensor, X: Tensor) -> Tensor:
+    """Test points (n*, d) for observations X (n, d); (n*,) is taken for one column.
+
+    Raises:
+        OperandError, NonFiniteError: another shape or dtype; NaN or Inf.
+    """
+    Xs = Xs.unsqueeze(1) if isinstance(Xs, Tensor) and Xs.ndim == 1 else Xs
+    if not isinstance(Xs, Tensor) or Xs.ndim != 2 or Xs.shape[1] != X.shape[1] or Xs.dtype != X.dtype:
+        what = f"{tuple(Xs.shape)} {Xs.dtype}" if isinstance(Xs, Tensor) else type(Xs).__name__
+        raise OperandError(f"Xs is {what}; expected (n*, {X.shape[1]}) in {X.dtype}")
+    check_finite(Xs, "Xs")
+    return Xs
 
 
 def block_rows(width: int, dtype: torch.dtype) -> int:

@@ -193,14 +193,16 @@ class ExactGP(nn.Module):
                 K̂⁻¹(y − m) first), ``depth``, ``num_matvecs``, and in ``details`` ``quadratic``, ``logdet``,
                 ``quadratic_residual``, ``preconditioner`` with the ``standard_errors`` that it was chosen by,
                 ``backend``, and ``rounding``, which should be far below 1. For y (n, p) ``outputs`` has the p terms.
-            on_failure: "warn", "raise" or "ignore" when an adaptive depth misses its tolerance.
+            on_failure: "warn", "raise" or "ignore" when an adaptive depth misses its tolerance; "ignore" also silences
+                the warning of rounding, which "raise" leaves a warning.
 
         Returns:
             A scalar, deterministic: the probes are fixed by the seed of ``Hutchinson``. Priors are not in it.
 
         Raises:
             DomainError: a covariance that is not positive definite in floating point.
-            OperandError, NonFiniteError: operands that do not fit; NaN or Inf.
+            OperandError, NonFiniteError: operands that do not fit, or memory that ``Direct(max_bytes=...)`` does not
+                allow; NaN or Inf.
 
         Cost: n³ operations and a few n² numbers on the dense path. Iterative: one block product of m + p columns per
             Lanczos step and (m + p)·k·n numbers for the basis; the gradient is one pairing of width about 10 (m + p).
@@ -209,7 +211,7 @@ class ExactGP(nn.Module):
         """
         X, y = self._check(X, y)
         r = self.residual(X, y)
-        method = self.method(r.shape[0])
+        method = self.method(X.shape[0])
         if isinstance(method, Direct):
             value, info = self._dense(X, y)
         else:
@@ -218,7 +220,7 @@ class ExactGP(nn.Module):
             value, info = likelihood.iterative(A, r, method, solver, on_failure, preconditioner=self.preconditioner)
             P = info.details.get("preconditioner")
             noise = self._smallest_noise(X)
-            rounding = likelihood.warn_of_rounding(A, noise, preconditioned=P is not None)
+            rounding = likelihood.warn_of_rounding(A, noise, preconditioned=P is not None, on_failure=on_failure)
             info.details.update(rounding=rounding, backend=_backend_of(A))
         return (value, info) if return_info else value
 
@@ -228,13 +230,18 @@ class ExactGP(nn.Module):
 
     def _dense(self, X: Tensor, y: Tensor) -> tuple[Tensor, Info]:
         """The likelihood by Cholesky in float64, whatever the size."""
-        K, r = self.dense_covariance(X), self.residual(X, y).double()
-        value, info = likelihood.dense(K, r, self._points(X), self._smallest_noise(X))
+        r = self.residual(X, y).double()
+        likelihood.check_memory(self.solver, r.shape[0])
+        value, info = likelihood.dense(self.dense_covariance(X), r, self._points(X), self._smallest_noise(X))
         return value.to(y.dtype), info
 
     def _points(self, X: Tensor) -> Tensor:
         """One row for each row of the covariance; only for saying which are equal."""
         return X
+
+    def _latent(self, K: LinearOperator) -> LinearOperator:
+        """The covariance of f, from the kernel's K(X, X)."""
+        return K
 
     def _smallest_noise(self, X: Tensor) -> Tensor:
         return self.observed_noise(X).detach().min()
@@ -269,6 +276,7 @@ class ExactGP(nn.Module):
                 f"leave-one-out of a covariance of size {r.shape[0]} needs the whole diagonal of its inverse, by "
                 f"Cholesky, which solver=Auto() does up to {DENSE_UP_TO}: use fewer points, or solver=Direct()"
             )
+        likelihood.check_memory(self.solver, r.shape[0])
         points, noise = self._points(X), self._smallest_noise(X)
         value, info = looc.log_pseudo_likelihood(self.dense_covariance(X), r, y.double(), points, noise)
         return (value.to(y.dtype), info) if return_info else value.to(y.dtype)
@@ -298,12 +306,13 @@ class ExactGP(nn.Module):
         if noises.ndim != 1 or noises.numel() == 0 or not bool((noises > 0).all()):
             raise OperandError(f"noises is {noises.tolist()}; expected a tensor (s,) of positive variances, s >= 1")
         check_finite(noises, "noises")
-        r = self.residual(X, y)
+        r, method = self.residual(X, y), self.method(X.shape[0])
+        likelihood.check_memory(method, X.shape[0])
         backend = self.backend
         if isinstance(backend, Auto):  # a likelihood takes tens of products
             backend = for_iteration(X.shape[0], X.shape[0], X.dtype, X.device)
         K = self.kernel(X, backend=backend)
-        logdet, quadratic = likelihood.noise_curve(K, r, noises, self.method(r.shape[0]))
+        logdet, quadratic = likelihood.noise_curve(K, r, noises, method)
         outputs = 1 if r.ndim == 1 else r.shape[1]
         value = quadratic.double() + outputs * (logdet.double() + r.shape[0] * math.log(2 * math.pi))
         return (-0.5 * value).to(y.dtype)

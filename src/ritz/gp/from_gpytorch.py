@@ -38,6 +38,8 @@ KERNELS: dict[str, tuple[Callable[..., Kernel], tuple[str, ...]]] = {
 }
 COMPOSITE = ("ScaleKernel", "AdditiveKernel", "ProductKernel")
 MEANS = ("ConstantMean", "ZeroMean", "LinearMean")
+PARTS = ("covar_module", "mean_module", "likelihood")
+TRANSFORMS = ("input_transform", "outcome_transform", "feature_extractor")  # whatever they are made of
 LIKELIHOODS = ("GaussianLikelihood", "FixedNoiseGaussianLikelihood")
 PRIORS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "GammaPrior": (distributions.Gamma, ("concentration", "rate")),
@@ -65,7 +67,8 @@ def from_gpytorch(model: Any, **settings: Any) -> ExactGP:
         uniform priors become torch distributions.
 
     Raises:
-        OperandError: a part of a class that is not named above, or with batches.
+        OperandError: a part of a class that is not named above, or with batches; further modules or parameters of the
+            model, such as a feature extractor or a transform of inputs or outcomes.
 
     Warns:
         UserWarning: for every prior or constraint that is not carried over; the values are copied all the same.
@@ -73,12 +76,13 @@ def from_gpytorch(model: Any, **settings: Any) -> ExactGP:
     GPyTorch is not imported: classes are known by name, attributes are read. A subclass of your own has another name
     and is refused, since nothing is known of what it changes.
     """
-    for name in ("covar_module", "mean_module", "likelihood"):
+    for name in PARTS:
         if not hasattr(model, name):
             raise OperandError(
                 f"{type(model).__name__} has no {name}; expected a gpytorch.models.ExactGP with covar_module, "
                 "mean_module and likelihood"
             )
+    _refuse_others(model)
     like = next(iter(model.covar_module.parameters()))
     copies: dict[int, nn.Module] = {}  # by id of GPyTorch's module
     kernel = _kernel(model.covar_module, None, like, copies)
@@ -98,6 +102,27 @@ def from_gpytorch(model: Any, **settings: Any) -> ExactGP:
 
 def _refuse(what: str, module: Any, supported: Sequence[str]) -> NoReturn:
     raise OperandError(f"the {what} is a {type(module).__name__}; supported are {', '.join(supported)}")
+
+
+def _refuse_others(model: Any) -> None:
+    """Refuse what belongs to the model and to none of the parts that are copied."""
+    priors = [prior for _, _, prior, *_ in model.named_priors()] if hasattr(model, "named_priors") else []
+    known = [module for module in (*(getattr(model, name) for name in PARTS), *priors) if isinstance(module, nn.Module)]
+    copied = {id(t) for module in known for t in (*module.parameters(), *module.buffers())}
+    own = getattr(model, "_parameters", {}).items()
+    children = getattr(model, "_modules", {}).items()
+    others = [name for name, p in own if p is not None and id(p) not in copied]
+    others += [
+        name
+        for name, module in children
+        if module is not None and any(id(t) not in copied for t in (*module.parameters(), *module.buffers()))
+    ]
+    others += [name for name in TRANSFORMS if getattr(model, name, None) is not None and name not in others]
+    if others:
+        raise OperandError(
+            f"{type(model).__name__} has {', '.join(others)} beside {', '.join(PARTS)}, which alone can be read: apply "
+            "transforms to the data, give ExactGP a kernel that contains the rest, or take it out of the model"
+        )
 
 
 def _kernel(

@@ -6,6 +6,7 @@ cannot exceed the truth by more than rounding, so that a variance k** − k*ᵀK
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,8 +16,9 @@ from ..errors import SecondDerivativeError
 from ..methods import Auto
 from ..numerics import full_precision
 from ..operators import Diagonal, LinearOperator
-from ..result import Info, Status
+from ..result import Info, OnFailure, Status, report
 from ..solve import CG, Direct, RandomlyPivotedCholesky, solve
+from ..solve.system import worst
 from . import likelihood
 
 if TYPE_CHECKING:
@@ -34,12 +36,34 @@ class Reduced(NamedTuple):
         gap: bound on by how much it is too small (b,).
         num_matvecs: columns that went through products with K̂.
         solved: points that needed a linear solve.
+        solve: report of that solve, which has not warned yet.
     """
 
     value: Tensor
     gap: Tensor
     num_matvecs: int = 0
     solved: int = 0
+    solve: Info | None = None
+
+
+def variance_info(method: object, gap: Tensor, blocks: Sequence[tuple[int, int, Info | None]]) -> Info:
+    """The report of a variance made in blocks, with the most serious status of their solves, and one warning for all.
+
+    Args:
+        method: what made the variances.
+        gap: bound on by how much each is too large; becomes ``residual`` (the warning has those of the solves).
+        blocks: what follows ``gap`` in the :class:`Reduced` of every block.
+    """
+    solves = [found for _, _, found in blocks if found is not None]
+    status, depth = worst([s.status for s in solves]), max((s.depth for s in solves), default=0)
+    products, solved = sum(b[0] for b in blocks), sum(b[1] for b in blocks)
+    if not status.success:
+        residuals = torch.cat([s.residual for s in solves if s.residual is not None])
+        target = getattr(solves[0].method, "rtol", None) or 0.0
+        failed = Info(solves[0].method, products, depth, residuals, status=status)
+        report(failed, what=f"the solves of {solved} variances", target=target, on_failure="warn")
+    details: dict[str, object] = {"solved": solved}
+    return Info(method, products, depth, residual=gap.detach(), status=status, details=details)
 
 
 class Factor:
@@ -51,14 +75,15 @@ class Factor:
     def __init__(self, gp: ExactGP, X: Tensor, *, double: bool) -> None:
         self.gp, self.X = gp, X.double() if double else X
         self.noise = gp.observed_noise(X).detach()
-        n, dtype = X.shape[0], self.X.dtype
-        K = torch.empty(n, n, dtype=dtype, device=X.device)
-        rows, operator = max(1, ENTRIES_AT_ONCE // n), gp.kernel(self.X)
+        operator, dtype = gp._latent(gp.kernel(self.X)), self.X.dtype
+        n = operator.shape[0]
+        likelihood.check_memory(gp.solver, n)
+        K, rows = torch.empty(n, n, dtype=dtype, device=X.device), max(1, ENTRIES_AT_ONCE // n)
         for a in range(0, n, rows):  # by columns of the symmetric operator: distances are rounded as in the likelihood
             K[a : a + rows] = operator.columns(range(a, min(a + rows, n))).mT
         K.diagonal().add_(self.noise.to(dtype))
         with full_precision():
-            self.L = likelihood.cholesky(K, X, self.noise.min(), overwrite=True)
+            self.L = likelihood.cholesky(K, gp._points(X), self.noise.min(), overwrite=True)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,7 +107,7 @@ class Factor:
 
     def _covariance(self) -> LinearOperator:
         """K̂ in the dtype of the factor, for products."""
-        K, noise = self.gp.kernel(self.X), self.noise.to(self.dtype)
+        K, noise = self.gp._latent(self.gp.kernel(self.X)), self.noise.to(self.dtype)
         return K.shift(noise) if noise.ndim == 0 else K + Diagonal(noise)
 
     def reduce(self, C: Tensor) -> Reduced:
@@ -109,55 +134,58 @@ class Products:
         self.noise = gp.observed_noise(X).detach()
         self.floor = float(self.noise.min())
         self.A = gp.covariance(X)
-        likelihood.warn_of_rounding(self.A, self.noise.min(), preconditioned=True)
         self.P = self._preconditioner(gp, X)
+        likelihood.warn_of_rounding(self.A, self.noise.min(), preconditioned=self.P is not None)
 
     def _preconditioner(self, gp: ExactGP, X: Tensor) -> Any:
         given = getattr(gp, "preconditioner", None)
         if not isinstance(given, Auto):
             return given.build(self.A) if hasattr(given, "build") else given
-        rank = min(RANK, X.shape[0])
-        return RandomlyPivotedCholesky(rank).build(gp.kernel(X), shift=float(self.noise.mean()))
+        rank = min(RANK, self.A.shape[0])
+        return RandomlyPivotedCholesky(rank).build(gp._latent(gp.kernel(X)), shift=float(self.noise.mean()))
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the cross-covariances that :meth:`reduce` takes."""
         return self.X.dtype
 
-    def solve(self, B: Tensor, method: CG | None = None) -> tuple[Tensor, Info]:
+    def solve(self, B: Tensor, method: CG | None = None, on_failure: OnFailure = "warn") -> tuple[Tensor, Info]:
         """K̂⁻¹ B (n, k), and the report of the solve."""
-        x, info = solve(self.A, B, method=method or self.method, preconditioner=self.P, return_info=True)
+        x, info = solve(
+            self.A, B, method=method or self.method, preconditioner=self.P, return_info=True, on_failure=on_failure
+        )
         return x, info
 
     def reduce(self, C: Tensor, method: CG | None = None) -> Reduced:
         """2 k*ᵀx − xᵀK̂x with x ≈ K̂⁻¹k*, for the columns of C (n, b).
 
         It is k*ᵀK̂⁻¹k* − ‖x − K̂⁻¹k*‖²_K̂, whatever x is: never too large, and the error is the square of that of x. With
-        the residual r = k* − K̂x that error is rᵀK̂⁻¹r ≤ ‖r‖²/σ², the gap.
+        the residual r = k* − K̂x that error is rᵀK̂⁻¹r ≤ ‖r‖²/σ², the gap. A miss of the tolerance does not warn here.
         """
         with torch.no_grad():
-            x, R, products = self._solution(C.detach(), method)
+            x, R, info = self._solution(C.detach(), method, "ignore")
             gap = R.square().sum(0, dtype=torch.float64) / self.floor
             rest = (x * R).sum(0, dtype=torch.float64)
         C = _First.apply(C)
         # xᵀK̂x = k*ᵀx − xᵀr, so the value is k*ᵀx + xᵀr; its gradient in k* is 2x.
         value = ((2 * C - C.detach()) * x).sum(0, dtype=torch.float64) + rest
-        return Reduced(value, gap, products, C.shape[1])
+        return Reduced(value, gap, info.num_matvecs, C.shape[1], info)
 
     def gram(self, C: Tensor) -> Tensor:
         """CᵀX + XᵀC − XᵀK̂X with X ≈ K̂⁻¹C, (b, b): below CᵀK̂⁻¹C in the order of symmetric matrices."""
         with torch.no_grad():
-            x, R, _ = self._solution(C.detach(), None)
+            x, R, _ = self._solution(C.detach(), None, "warn")
         C = _First.apply(C)
         with full_precision():
             G = C.mT @ x + x.mT @ (C - C.detach() + R)  # XᵀK̂X = Xᵀ(C − R); the gradient in C is that of CᵀX + XᵀC
         return 0.5 * (G + G.mT)
 
-    def _solution(self, C: Tensor, method: CG | None) -> tuple[Tensor, Tensor, int]:
-        """x ≈ K̂⁻¹C, the residual C − K̂x, and the products spent."""
+    def _solution(self, C: Tensor, method: CG | None, on_failure: OnFailure) -> tuple[Tensor, Tensor, Info]:
+        """x ≈ K̂⁻¹C, the residual C − K̂x, and the report, which counts that product as well."""
         with full_precision():
-            x, info = self.solve(C, method)
-            return x, C - self.A @ x, info.num_matvecs + C.shape[1]
+            x, info = self.solve(C, method, on_failure)
+            info.num_matvecs += C.shape[1]
+            return x, C - self.A @ x, info
 
 
 class _First(torch.autograd.Function):

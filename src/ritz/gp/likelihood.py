@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConvergenceWarning, DomainError
+from ..errors import ConvergenceWarning, DomainError, OperandError
 from ..functions.forms import Term, shared_forms
 from ..functions.scalar import inverse, log
 from ..methods import Auto, Frechet, Lanczos
@@ -27,6 +27,20 @@ from ..stochastic.probes import Hutchinson, mean_and_error
 # was off by up to 5e-3, 1.4e-3, 2e-4 for factors of 0.1, 0.01, 0.001, with 3.5, 4.5 and 5.5 columns of the pairing per
 # column of the block.
 PAIRING = 1e-3
+
+
+def check_memory(solver: Any, n: int) -> None:
+    """Refuse a covariance (n, n) and its factor in float64 where ``solver`` is a ``Direct`` that allows less memory.
+
+    A gradient keeps several such matrices more, how many depends on the kernel; they are not counted.
+    """
+    size = 2 * 8 * n * n
+    if isinstance(solver, Direct) and size > solver.max_bytes:
+        raise OperandError(
+            f"a covariance of size {n} and its Cholesky factor in float64 need {size} bytes ({size / 2**30:.1f} GiB); "
+            f"Direct(max_bytes={solver.max_bytes}) allows {solver.max_bytes / 2**30:.1f} GiB: raise max_bytes, take "
+            "fewer points, or use solver=CG(), which stores no matrix"
+        )
 
 
 def cholesky(K: Tensor, X: Tensor, noise: Tensor, *, overwrite: bool = False) -> Tensor:
@@ -137,8 +151,10 @@ def iterative(
         if isinstance(preconditioner, Auto) and (plain := plain_error(P, Z, forms[1])) is not None:
             errors = {"plain": plain, "preconditioned": float(error)}
             if not preferred(errors, Z.shape[1]):  # the run was for nothing; rare, and known now
+                spent = info.num_matvecs
                 value, info = iterative(A, r, method, solver, on_failure)
                 assert info.standard_error is not None
+                info.num_matvecs += spent
                 errors["plain"] = float(info.standard_error) * 2 / p
                 info.details.update(standard_errors=errors, preconditioner=None)
                 return value, info
@@ -163,6 +179,8 @@ def iterative(
         residual = report_.residual.double()
         info.num_matvecs += report_.num_matvecs + p
         info.details["solve"] = report_
+        if not report_.status.success:
+            info.status = report_.status
     elif info.status is Status.EXHAUSTED or (lanczos.num_matvecs is None and info.status.success):
         # In float32 a column may run out of directions by rounding long before it has converged, which its own error
         # estimate takes for the end. (The residual of an x that is right to the tolerance may be larger than it, but
@@ -171,7 +189,7 @@ def iterative(
             info.status = Status.STAGNATED
     assert info.residual is not None
     info.residual[:p] = residual.to(info.residual.dtype)
-    if info.status is Status.STAGNATED:
+    if info.status is Status.STAGNATED and "solve" not in details:  # a solve has reported itself
         report(info, what="the likelihood's block", target=lanczos.tolerance(A.dtype), on_failure=on_failure)
     values = -0.5 * (quadratic + logdet + n * math.log(2 * math.pi))
     info.details.update(
@@ -220,8 +238,12 @@ def noise_curve(
     return mean_and_error(forms[1], probes.is_exact(n))[0], forms[0].sum(1)
 
 
-def warn_of_rounding(A: LinearOperator, noise: Tensor, *, preconditioned: bool = False) -> float:
+def warn_of_rounding(
+    A: LinearOperator, noise: Tensor, *, preconditioned: bool = False, on_failure: OnFailure = "warn"
+) -> float:
     """How far rounding may move the smallest eigenvalues of A, relative to them; with one warning above 0.1.
+
+    With ``on_failure="ignore"`` only the number; "raise" warns as well, since it is a bound and not a failure.
 
     eps·tr A/σ² without a preconditioner: products round relative to the largest eigenvalue, and a Krylov space of A
     knows the smallest ones no better. With one, R⁻¹ A R⁻ᴴ has no large eigenvalues: what is left is the rounding of
@@ -232,7 +254,7 @@ def warn_of_rounding(A: LinearOperator, noise: Tensor, *, preconditioned: bool =
         trace, sigma2 = float(A.diagonal().detach().sum()), float(noise.detach().min())
     eps, ratio = torch.finfo(A.dtype).eps, trace / sigma2
     rounding = eps * max(ratio**0.5, ratio / A.shape[0] ** 0.5) if preconditioned else eps * ratio
-    if rounding > 0.1:
+    if rounding > 0.1 and on_failure != "ignore":
         what = "work in float64" if A.dtype != torch.float64 else "use a larger noise"
         if not preconditioned and A.dtype != torch.float64:
             what += ", or give a preconditioner"

@@ -14,20 +14,22 @@ from ..kernels.backends import Backend
 from ..kernels.base import Kernel
 from ..kernels.parameters import assign, positive
 from ..methods import Auto, Lanczos
-from ..numerics import check_finite, full_precision
+from ..numerics import full_precision
 from ..operators import Dense, Diagonal, Kronecker, LinearOperator, identity
 from ..result import Info
-from ..solve import CG, Direct, RandomlyPivotedCholesky, solve
+from ..solve import CG, Direct
 from ..stochastic.probes import Hutchinson
-from . import likelihood, means
+from . import means, pathwise
+from .blocks import check_points, in_blocks
 from .exact import NOISE_FLOOR, ExactGP, LogDet, Solver
+from .inverse import Factor, Products, variance_info
 from .means import ConstantMean
 from .noise import Noise
+from .posterior import COVARIANCE_UP_TO
 from .priors import checked_priors
 
 # Size n·p of the covariance up to which a posterior factorises it in float64: n³p³/3 operations, and n²p² numbers.
 FACTOR_UP_TO = 6000
-RANK = 100  # of the preconditioner of the solves beyond
 BLOCK_BYTES = 64 * 2**20  # of cross-covariances that are held at a time
 
 
@@ -126,6 +128,10 @@ class MultiOutputGP(ExactGP):
         """B = W Wᵀ + diag(κ), (p, p)."""
         return self.output_factor @ self.output_factor.mT + torch.diag_embed(self.output_variance)
 
+    def observed_noise(self, X: Tensor) -> Tensor:
+        """Noise variances of the flattened observations at X (n, d): (n p,)."""
+        return self.noise.repeat(X.shape[0])
+
     def covariance(self, X: Tensor) -> LinearOperator:
         """K(X, X) ⊗ B + I ⊗ diag(σ²) as an operator (n p, n p)."""
         K = self.kernel(X, backend=self.backend)
@@ -138,7 +144,7 @@ class MultiOutputGP(ExactGP):
     def dense_covariance(self, X: Tensor) -> Tensor:
         """K(X, X) ⊗ B + I ⊗ diag(σ²) (n p, n p) in float64, differentiable to any order."""
         K = torch.kron(self.kernel.evaluate(X.double()), self.output_covariance.double())
-        return K + torch.diag_embed(self.noise.double().repeat(X.shape[0]))
+        return K + torch.diag_embed(self.observed_noise(X).double())
 
     def method(self, n: int) -> Direct | tuple[Hutchinson, Lanczos]:
         """What evaluates the likelihood of n points: that of ExactGP at the size n·p."""
@@ -169,12 +175,12 @@ class MultiOutputGP(ExactGP):
 
 
 class MultiOutputPosterior:
-    """Mean and variance of every output at new points, given the observations that it was made with.
+    """Mean and (co)variance of every output at new points, given the observations that it was made with.
 
     Attributes:
         X, y: observations (n, d), (n, p).
         weights: K̂⁻¹ (y − m) as (n, p).
-        info: report of the solve behind the weights (None on the dense path).
+        info: report of the solve behind the weights; ``residual`` (1,) is the true one.
 
     Cost: n·p ≤ 6000, or ``solver=Direct()``: one factorisation in float64, then p columns (n p)² per test point.
     Beyond, or ``solver=CG(...)``: one preconditioned solve, n p per test point for the mean, and CG on p columns per
@@ -184,83 +190,107 @@ class MultiOutputPosterior:
     def __init__(self, gp: MultiOutputGP, X: Tensor, y: Tensor) -> None:
         self.gp: MultiOutputGP = copy.deepcopy(gp).requires_grad_(False)
         self.X, self.y = X, y
-        self.info: Info | None = None
-        self._L: Tensor | None = None
+        solver = self.gp.solver
         with torch.no_grad():
-            r = self.gp.residual(X, y)
-            solver = self.gp.solver
-            if isinstance(solver, Direct) or (not isinstance(solver, CG) and r.shape[0] <= FACTOR_UP_TO):
-                K = self.gp.dense_covariance(X)
-                with full_precision():
-                    self._L = likelihood.cholesky(K, self.gp._points(X), self.gp.noise.min())
-                    w = torch.cholesky_solve(r.double().unsqueeze(1), self._L).squeeze(1).to(y.dtype)
+            self._inverse: Factor | Products
+            if isinstance(solver, Direct) or (not isinstance(solver, CG) and y.numel() <= FACTOR_UP_TO):
+                self._inverse = Factor(self.gp, X, double=True)
             else:
-                self._A = self.gp.covariance(X)
-                likelihood.warn_of_rounding(self._A, self.gp.noise.min(), preconditioned=True)
-                self._P = self._preconditioner(r.shape[0])
-                w, self.info = solve(self._A, r, method=self._solver(), preconditioner=self._P, return_info=True)
-            self.weights = w.reshape(y.shape)
-
-    def _solver(self) -> CG:
-        return self.gp.solver if isinstance(self.gp.solver, CG) else CG()
-
-    def _preconditioner(self, size: int) -> Any:
-        """P near K ⊗ B + σ̄² I, σ̄² the geometric mean of the outputs' noises; or what the process was given."""
-        given = self.gp.preconditioner
-        if not isinstance(given, Auto):
-            return given.build(self._A) if hasattr(given, "build") else given
-        latent = self.gp._latent(self.gp.kernel(self.X, backend=self.gp.backend))
-        return RandomlyPivotedCholesky(min(RANK, size)).build(latent, shift=float(self.gp.noise.log().mean().exp()))
+                self._inverse = Products(self.gp, X, solver if isinstance(solver, CG) else CG())
+            w, self.info = self._inverse.solve(self.gp.residual(X, y).unsqueeze(1))
+            self.weights = w.to(y.dtype).reshape(y.shape)
 
     def mean(self, Xs: Tensor) -> Tensor:
         """m(Xs) + K(Xs, X) [K̂⁻¹ (y − m)] B, shape (n*, p); differentiable in Xs."""
-        Xs = self._check(Xs)
+        Xs = check_points(Xs, self.X)
         B = self.gp.output_covariance.to(Xs.dtype)
         m = means.evaluate(self.gp.mean, Xs, self.gp.outputs)
         return m + (self.gp.kernel(Xs, self.X, backend=self.gp.backend) @ self.weights) @ B
 
-    def variance(self, Xs: Tensor, *, noise: bool = False) -> Tensor:
+    def variance(self, Xs: Tensor, *, noise: bool = False, return_info: bool = False) -> Any:
         """The variance of every f_a(Xs), or with ``noise=True`` that of a new observation, shape (n*, p).
 
         Never negative: B_aa k** − ‖L⁻¹ c‖² up to rounding on the dense path, and on the iterative one
         B_aa k** − (2 cᵀx − xᵀK̂x) with x ≈ K̂⁻¹ c, where an unconverged x can only enlarge the variance.
-        """
-        Xs = self._check(Xs)
-        p, size = self.gp.outputs, self.y.numel()
-        block = max(1, min(512, BLOCK_BYTES // (8 * size * p)))
-        parts = [self._variance(Xs[a : a + block]) for a in range(0, Xs.shape[0], block)]
-        v = torch.cat(parts) if parts else Xs.new_zeros(0, p)
-        return v + self.gp.noise.to(v.dtype) if noise else v
 
-    def _variance(self, Xs: Tensor) -> Tensor:
-        B = self.gp.output_covariance
-        if self._L is not None:
-            B, points = B.double(), Xs.double()
-            prior = torch.outer(self.gp.kernel(points).diagonal(), B.diagonal())
-            C = torch.kron(self.gp.kernel(self.X.double(), points).to_dense(), B)
-            subtracted = torch.linalg.solve_triangular(self._L, C, upper=False).square().sum(0)
-        else:
-            B = B.to(Xs.dtype)
-            prior = torch.outer(self.gp.kernel(Xs).diagonal(), B.diagonal())
-            C = torch.kron(self.gp.kernel(self.X, Xs).to_dense(), B)
-            with torch.no_grad():
-                x = solve(self._A, C.detach(), method=self._solver(), preconditioner=self._P)
-                energy = (x * (self._A @ x)).sum(0)
-            subtracted = 2 * (C * x).sum(0) - energy
-        return (prior - subtracted.reshape(prior.shape)).clamp_min(0.0).to(Xs.dtype)
+        Args:
+            Xs: points (n*, d).
+            noise: add the noise of each output.
+            return_info: also return an :class:`~ritz.result.Info`, as that of :meth:`Posterior.variance`, with
+                ``residual`` (n*, p).
+
+        Gradient: in Xs, first order (a second one is refused by name); any order on the dense path.
+        """
+        Xs = check_points(Xs, self.X)
+        p = self.gp.outputs
+        spent: list[tuple[int, int, Info | None]] = []
+
+        def one(P: Tensor) -> tuple[Tensor, Tensor]:
+            points = P.to(self._inverse.dtype)
+            reduced = self._inverse.reduce(self._cross(points))
+            spent.append(reduced[2:])
+            prior = self.gp._latent(self.gp.kernel(points)).diagonal()
+            return (prior - reduced.value).clamp_min(0.0).to(P.dtype).reshape(-1, p), reduced.gap.reshape(-1, p)
+
+        rows = max(1, min(512, BLOCK_BYTES // (8 * self.y.numel() * p)))
+        empty = Xs.new_zeros(0, p), Xs.new_zeros(0, p, dtype=torch.float64)
+        v, gap = in_blocks(one, Xs, rows) if Xs.shape[0] else empty
+        method = self._inverse.method if isinstance(self._inverse, Products) else Direct()
+        info = variance_info(method, gap, spent)
+        v = v + self.gp.noise_at(Xs).to(v.dtype) if noise else v
+        return (v, info) if return_info else v
+
+    def covariance(self, Xs: Tensor, *, noise: bool = False) -> Tensor:
+        """The covariance of all f_a(Xs), or of new observations, (n* p, n* p): that of ``mean(Xs).reshape(-1)``.
+
+        Symmetric, positive semidefinite up to rounding, on the iterative path from above, as
+        :meth:`Posterior.covariance`. Gradient: as that of the variance.
+
+        Raises:
+            OperandError: n*·p above 4000.
+        """
+        Xs = check_points(Xs, self.X)
+        S = self._covariance(Xs).to(Xs.dtype)
+        return S + torch.diag_embed(self.gp.noise_at(Xs).to(S.dtype).repeat(Xs.shape[0])) if noise else S
 
     def predict(self, Xs: Tensor, *, noise: bool = False) -> tuple[Tensor, Tensor]:
         """(mean, variance) at Xs, each (n*, p); with ``noise=True`` the variance of a new observation."""
         return self.mean(Xs), self.variance(Xs, noise=noise)
 
-    def _check(self, Xs: Tensor) -> Tensor:
-        Xs = Xs.unsqueeze(1) if isinstance(Xs, Tensor) and Xs.ndim == 1 else Xs
-        if not isinstance(Xs, Tensor) or Xs.ndim != 2 or Xs.shape[1] != self.X.shape[1] or Xs.dtype != self.X.dtype:
-            what = f"{tuple(Xs.shape)} {Xs.dtype}" if isinstance(Xs, Tensor) else type(Xs).__name__
-            raise OperandError(f"Xs is {what}; expected (n*, {self.X.shape[1]}) in {self.X.dtype}")
-        check_finite(Xs, "Xs")
-        return Xs
+    def sample(self, Xs: Tensor, num_samples: int = 1, *, noise: bool = False, seed: int = 0) -> Tensor:
+        """Joint samples of all outputs at Xs, or of new observations there, (num_samples, n*, p), from the covariance.
+
+        No gradient. Cost: that of :meth:`covariance`, and a factorisation of that matrix.
+        """
+        if num_samples < 1:
+            raise OperandError(f"num_samples={num_samples}; expected at least 1")
+        Xs, generator = check_points(Xs, self.X).detach(), torch.Generator().manual_seed(seed)
+        with torch.no_grad(), full_precision():
+            S = self._covariance(Xs).double()
+            S = S + torch.diag_embed(self.gp.noise_at(Xs).to(S.dtype).repeat(Xs.shape[0])) if noise else S
+            L, _ = pathwise.root(S)
+            Z = L @ pathwise.normal((S.shape[0], num_samples), generator, L)
+            return self.mean(Xs) + Z.mT.to(Xs.dtype).reshape(num_samples, Xs.shape[0], self.gp.outputs)
+
+    def _cross(self, points: Tensor) -> Tensor:
+        """K(X, Xs) ⊗ B (n p, b p) as a matrix."""
+        K = self.gp.kernel(self.X.to(points.dtype), points).to_dense()
+        return torch.kron(K, self.gp.output_covariance.to(K.dtype))
+
+    def _covariance(self, Xs: Tensor) -> Tensor:
+        """The covariance of all f_a(Xs) in the dtype of what is cached."""
+        size = Xs.shape[0] * self.gp.outputs
+        if size > COVARIANCE_UP_TO:
+            raise OperandError(
+                f"the covariance of {Xs.shape[0]} points and {self.gp.outputs} outputs was asked for, of size {size}; "
+                f"it is made up to {COVARIANCE_UP_TO}: take fewer points, or variance(Xs), which needs no matrix"
+            )
+        points = Xs.to(self._inverse.dtype)
+        if not size:
+            return points.new_zeros(0, 0)
+        S = self.gp._latent(self.gp.kernel(points)).to_dense() - self._inverse.gram(self._cross(points))
+        return 0.5 * (S + S.mT)
 
     def __repr__(self) -> str:
-        how = "Cholesky factor" if self._L is not None else f"{self._solver()}"
+        how = f"{self._inverse.method}" if isinstance(self._inverse, Products) else "Cholesky factor"
         return f"MultiOutputPosterior({self.y.shape[0]} observations of {self.y.shape[1]} outputs, {how})"

@@ -155,17 +155,22 @@ def normal(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> 
 
 
 def _exact(posterior: Posterior, Xs: Tensor, num: int, generator: torch.Generator) -> tuple[Tensor, Info]:
-    S = posterior._covariance(Xs).double()
+    L, clipped = root(posterior._covariance(Xs).double())
     with full_precision():
-        L, failed = torch.linalg.cholesky_ex(S)
-        clipped = 0.0
-        if int(failed) and S.shape[0]:
-            values, vectors = torch.linalg.eigh(S)
-            clipped = max(-float(values[0]), 0.0) / max(float(values[-1]), torch.finfo(torch.float64).tiny)
-            L = vectors * values.clamp_min(0.0).sqrt()
-        Z = (L @ normal((Xs.shape[0], _columns(posterior, num)), generator, S)).to(Xs.dtype)
+        Z = (L @ normal((Xs.shape[0], _columns(posterior, num)), generator, L)).to(Xs.dtype)
     info = Info(Exact(), 0, 0, posterior.info.residual, status=posterior.info.status, details={"clipped": clipped})
     return posterior.mean(Xs) + _samples_first(posterior, Z, num), info
+
+
+def root(S: Tensor) -> tuple[Tensor, float]:
+    """L with L Lᵀ = S, a covariance up to rounding, and what was clipped; see :class:`Exact`."""
+    with full_precision():
+        L, failed = torch.linalg.cholesky_ex(S)
+        if not int(failed) or not S.shape[0]:
+            return L, 0.0
+        values, vectors = torch.linalg.eigh(S)
+        clipped = max(-float(values[0]), 0.0) / max(float(values[-1]), torch.finfo(torch.float64).tiny)
+        return vectors * values.clamp_min(0.0).sqrt(), clipped
 
 
 def _by_root(

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from ..errors import OperandError
 from ..methods import Auto
-from ..numerics import check_finite
 from ..operators.base import LinearOperator
-from ..result import Info, Status
+from ..result import Info
 from ..solve import CG, Direct
 from . import means, pathwise
-from .blocks import block_rows, in_blocks
-from .inverse import ENTRIES_AT_ONCE, Factor, Products, Reduced
+from .blocks import block_rows, check_points, in_blocks
+from .inverse import ENTRIES_AT_ONCE, Factor, Products, Reduced, variance_info
 from .pathwise import Exact, Features, Paths, SquareRoot
 from .projection import Basis, Projection
 
@@ -94,7 +93,8 @@ class Posterior:
                 ``Projection(rank, rtol)``, a basis that is cached, and a solve where its error bound is too large;
                 ``Auto()``, the ``CG(...)`` that was given as ``solver=`` of the process, or else ``Projection()``.
             return_info: also return an :class:`~ritz.result.Info`: ``residual`` (n*,) bounds by how much each variance
-                is too large, ``details["solved"]`` counts the points that needed a linear solve.
+                is too large, ``details["solved"]`` counts the points that needed a linear solve, ``status`` is the
+                worst of these solves. A failure warns once, whatever the number of blocks.
 
         Gradient: in Xs, first order (a second one is refused by name); any order on the dense path.
         """
@@ -102,20 +102,17 @@ class Posterior:
         chosen = self._variance_method(method)
         basis = self._basis_of(chosen) if isinstance(chosen, Projection) and Xs.shape[0] else None
         rows = block_rows(self.X.shape[0], self._inverse.dtype)
-        spent: list[tuple[int, int]] = []
+        spent: list[tuple[int, int, Info | None]] = []
 
         def one(P: Tensor) -> tuple[Tensor, Tensor]:
             v, reduced = self._variance(P, chosen, basis)
-            spent.append((reduced.num_matvecs, reduced.solved))
+            spent.append(reduced[2:])
             return v, reduced.gap
 
         v, gap = in_blocks(one, Xs, rows) if Xs.shape[0] else (Xs.new_zeros(0), torch.zeros(0, dtype=torch.float64))
-        v = v + self.gp.noise_at(Xs).detach().to(v.dtype) if noise else v
-        if not return_info:
-            return v
-        products, solved = (sum(column) for column in zip(*spent, strict=True)) if spent else (0, 0)
-        details: dict[str, object] = {"solved": solved}
-        return v, Info(chosen, products, 0, residual=gap.detach(), status=Status.CONVERGED, details=details)
+        info = variance_info(chosen, gap, spent)
+        v = v + self.gp.noise_at(Xs).to(v.dtype) if noise else v
+        return (v, info) if return_info else v
 
     def covariance(self, Xs: Tensor, *, noise: bool = False) -> Tensor:
         """The covariance of f(Xs), or of new observations there, shape (n*, n*); the same for all outputs.
@@ -131,7 +128,7 @@ class Posterior:
         """
         Xs = self._check(Xs)
         S = self._covariance(Xs).to(Xs.dtype)
-        return S + torch.diag_embed(self.gp.noise_at(Xs).detach().to(S.dtype).expand(Xs.shape[0])) if noise else S
+        return S + torch.diag_embed(self.gp.noise_at(Xs).to(S.dtype).expand(Xs.shape[0])) if noise else S
 
     def predict(self, Xs: Tensor, *, noise: bool = False, method: VarianceMethod = Auto()) -> tuple[Tensor, Tensor]:
         """(mean, variance) at Xs; with ``noise=True`` the variance of a new observation."""
@@ -166,8 +163,8 @@ class Posterior:
         No gradient; :meth:`sample_paths` gives differentiable functions.
         """
         Xs = self._check(Xs).detach()
-        if num_samples < 0:
-            raise OperandError(f"num_samples={num_samples}; expected at least 0")
+        if num_samples < 1:
+            raise OperandError(f"num_samples={num_samples}; expected at least 1")
         generator = generator or torch.Generator().manual_seed(seed)
         with torch.no_grad():
             values, info = pathwise.sample(self, Xs, num_samples, method, generator)
@@ -248,7 +245,7 @@ class Posterior:
                     better = self._inverse.reduce(C[:, index])
                     value = reduced.value.index_copy(0, index, better.value)
                     gap = reduced.gap.index_copy(0, index, better.gap)
-                    reduced = Reduced(value, gap, better.num_matvecs, better.solved)
+                    reduced = Reduced(value, gap, *better[2:])
         return (prior - reduced.value).clamp_min(0.0).to(Xs.dtype), reduced
 
     def _variance_method(self, method: VarianceMethod) -> Direct | CG | Projection:
@@ -270,12 +267,7 @@ class Posterior:
         return self._basis[1]
 
     def _check(self, Xs: Tensor) -> Tensor:
-        Xs = Xs.unsqueeze(1) if isinstance(Xs, Tensor) and Xs.ndim == 1 else Xs
-        if not isinstance(Xs, Tensor) or Xs.ndim != 2 or Xs.shape[1] != self.X.shape[1] or Xs.dtype != self.X.dtype:
-            what = f"{tuple(Xs.shape)} {Xs.dtype}" if isinstance(Xs, Tensor) else type(Xs).__name__
-            raise OperandError(f"Xs is {what}; expected (n*, {self.X.shape[1]}) in {self.X.dtype}")
-        check_finite(Xs, "Xs")
-        return Xs
+        return check_points(Xs, self.X)
 
     def __repr__(self) -> str:
         how = f"{self._inverse.method}" if isinstance(self._inverse, Products) else "Cholesky factor"

@@ -2,7 +2,8 @@
 
 All are functions of tensors: predictive mean (n,), predictive variance (n,) or scalar, of *new observations* (noise
 included), and targets y (n,). Everything is computed in float64, in the units of the targets, and returned as float64
-tensors without a gradient. Several outputs (n, p) are scored together; score columns to have them apart.
+tensors without a gradient. Several outputs (n, p) are scored together, with a variance (n, p) or one (n,) that they
+share, as ``predict`` gives it; score columns to have them apart.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def calibration(mean: Tensor, variance: Tensor, y: Tensor, levels: Sequence[floa
 
 
 def _numbers(**tensors: Any) -> list[Tensor]:
-    """Detached float64 tensors of one shape (a scalar variance is spread), finite, not empty; variances positive."""
+    """Detached float64 tensors of one shape, finite, not empty; variances positive, scalar and shared ones spread."""
     y = tensors["y"]
     out = []
     for name, t in tensors.items():
@@ -107,6 +108,8 @@ def _numbers(**tensors: Any) -> list[Tensor]:
         t = t.detach().double()
         if name == "variance" and t.ndim == 0:
             t = t.expand(y.shape)
+        elif name == "variance" and y.ndim == 2 and t.shape == y.shape[:1]:
+            t = t.unsqueeze(1).expand(y.shape)
         if t.shape != y.shape or t.numel() == 0:
             raise OperandError(f"{name} has shape {tuple(t.shape)} and y {tuple(y.shape)}; expected equal ones, n >= 1")
         check_finite(t, name)
