@@ -95,6 +95,86 @@ def test_after_the_end_nothing_is_computed_again_and_more_steps_may_follow(tmp_p
     assert torch.equal(state(gp), state(long)) and numbers(report) == numbers(expected)
 
 
+def test_more_steps_with_held_out_scores(tmp_path):
+    X, y = data(50)
+    options = {"subset": None, "validation": HeldOut(*data(20, seed=3), every=2, patience=2)}
+    whole = make()
+    expected = fit(whole, X, y, optimizer=LBFGS(6, ftol=0.0), **options)
+    short = make()
+    first = fit(short, X, y, optimizer=LBFGS(3, ftol=0.0), checkpoint=tmp_path / "c.pt", **options)
+    assert [step for _, step, _ in first.scores] == [0, 2, 3]  # one more where the steps are over
+    again = make()
+    second = fit(again, X, y, optimizer=LBFGS(3, ftol=0.0), checkpoint=tmp_path / "c.pt", **options)
+    assert numbers(second) == numbers(first) and torch.equal(state(again), state(short))
+    gp = make()
+    report = fit(gp, X, y, optimizer=LBFGS(6, ftol=0.0), checkpoint=tmp_path / "c.pt", **options)
+    assert torch.equal(state(gp), state(whole)) and numbers(report) == numbers(expected)
+
+
+def test_more_steps_of_adam_only_where_its_schedule_is_flat(tmp_path):
+    X, y = data(40)
+    for final in (0.1, 1.0):
+        options = {"subset": None, "checkpoint": tmp_path / f"{final}.pt"}
+        fit(make(), X, y, optimizer=Adam(2, final=final), **options)
+        gp, longer = make(), Adam(4, final=final)
+        if final != 1:
+            with pytest.raises(OperandError, match="different in the steps of Adam"):
+                fit(gp, X, y, optimizer=longer, **options)
+            continue
+        whole = make()
+        expected = fit(whole, X, y, optimizer=longer, subset=None)
+        report = fit(gp, X, y, optimizer=longer, **options)
+        assert torch.equal(state(gp), state(whole)) and numbers(report) == numbers(expected)
+
+
+def test_stages_that_are_left_out_are_part_of_the_description(tmp_path):
+    X, y = data(40)
+    fit(process(), X, y, subset_steps=3, checkpoint=tmp_path / "c.pt")
+    with pytest.raises(OperandError, match="different in subset"):  # stage "all" alone, from where nobody knows
+        fit(process(), X, y, subset_steps=3, checkpoint=tmp_path / "c.pt", optimizer=LBFGS(3))
+
+
+def test_priors_are_told_apart_by_their_values(tmp_path):
+    X, y = data(20)
+
+    def normal(loc):
+        return torch.distributions.Normal(torch.tensor(loc), torch.tensor(1.0))
+
+    class Own:
+        def __init__(self, strength):
+            self.strength = strength
+
+        def log_prob(self, value):
+            return -self.strength * value
+
+    def mixture(loc):
+        parts = torch.distributions.LogNormal(torch.tensor([0.0, loc]), torch.tensor([1.0, 2.0]))
+        return torch.distributions.MixtureSameFamily(torch.distributions.Categorical(torch.ones(2)), parts)
+
+    makers = (
+        lambda v: torch.distributions.LogNormal(torch.tensor(v), torch.tensor(1.0)),
+        lambda v: torch.distributions.TransformedDistribution(
+            normal(0.0), [torch.distributions.AffineTransform(v, 2.0), torch.distributions.ExpTransform()]
+        ),
+        mixture,
+        Own,
+    )
+    seen = set()
+    for prior in makers:
+        one, same, other = (describe(process(priors={"noise": prior(v)}), X, y)["priors"] for v in (0.5, 0.5, 0.75))
+        assert one == same != other and "0x" not in one
+        seen |= {one, other}
+    assert len(seen) == 2 * len(makers)
+    path = tmp_path / "c.pt"
+    for v, message in ((0.5, None), (0.5, None), (0.75, "different in priors")):
+        gp = process(priors={"noise": makers[0](v)})
+        if message is None:
+            fit(gp, X, y, subset_steps=1, checkpoint=path)
+        else:
+            with pytest.raises(OperandError, match=message):
+                fit(gp, X, y, subset_steps=1, checkpoint=path)
+
+
 def test_stopped_by_time_goes_on(tmp_path, monkeypatch):
     X, y = data(40)
     options = {"subset": None, "optimizer": LBFGS(5, ftol=0.0)}

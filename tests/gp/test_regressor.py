@@ -167,6 +167,18 @@ def test_log_marginal_likelihood_is_that_of_scikit_learn():
     assert not hasattr(GPRegressor(), "log_marginal_likelihood_value_")
 
 
+def test_what_was_maximised_is_known_where_nothing_was():
+    X, y = table(40)
+    kept = GPRegressor(2.0 * RBF(lengthscale=0.7), noise=0.3, subset_steps=0, steps=0).fit(X, y)
+    assert kept.log_marginal_likelihood_ == pytest.approx(kept.log_marginal_likelihood_value_ / 40, rel=1e-12)
+    fitted = GPRegressor(2.0 * RBF(lengthscale=0.7), noise=0.3, subset_steps=30).fit(X, y)
+    assert fitted.log_marginal_likelihood_ == pytest.approx(fitted.log_marginal_likelihood_value_ / 40, rel=1e-9)
+    assert fitted.log_marginal_likelihood_ > kept.log_marginal_likelihood_
+    by_adam = GPRegressor(2.0 * RBF(lengthscale=0.7), noise=0.3, lr=0.01, steps=2).fit(X, y)
+    assert by_adam.fit_.optimizer.lr == 0.01 and set(by_adam.fit_.stopped) == {"all"}
+    assert not hasattr(GPRegressor(), "log_marginal_likelihood_")
+
+
 def test_pandas_tables_keep_their_names():
     pandas = pytest.importorskip("pandas")
     X, y = table(40)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution, Transform
 
 from ..errors import OperandError
 
@@ -26,7 +27,8 @@ class Checkpoint:
 
     Args:
         path: a file; its directory must exist. Where the file exists, the fit goes on from it.
-        every: steps between two writes; the start and the end of a stage are always written.
+        every: steps between two writes. The end of a stage is always written, and the start of stage "all", which has
+            chosen a preconditioner; a fit that is interrupted before the first write starts anew.
     """
 
     path: str | os.PathLike[str]
@@ -99,7 +101,7 @@ def describe(gp: nn.Module, X: Tensor, y: Tensor, **settings: Any) -> dict[str, 
     }
     for name in SETTINGS:
         if not isinstance(value := getattr(gp, name, None), nn.Module):
-            out[name] = _text(value)
+            out[name] = _text(_values(value) if name == "priors" else value)
     return out | {name: _text(value) for name, value in settings.items()}
 
 
@@ -113,6 +115,25 @@ def _attributes(module: nn.Module) -> dict[str, str]:
     """Settings that a module keeps beside its tensors, such as a smoothness."""
     own = ((k, v) for k, v in sorted(vars(module).items()) if k[0] != "_" and k not in SETTINGS)
     return {k: _text(v) for k, v in own if isinstance(v, PLAIN)}
+
+
+def _values(value: Any, top: bool = True) -> Any:
+    """Class and values of priors, all the way down: ``repr(LogNormal(0.0, 1.0))`` says neither number.
+
+    Of other objects than distributions only what a dictionary of priors holds itself is taken apart.
+    """
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {str(k): _values(v, top) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_values(v, top) for v in value]
+    if not isinstance(value, (Distribution, Transform, nn.Module)) and not (top and hasattr(value, "__dict__")):
+        return _text(value)
+    inside = {**vars(value), **(value.state_dict() if isinstance(value, nn.Module) else {})}
+    # A mixture keeps its parts in private attributes; other private ones are caches and checks.
+    own = {k: v for k, v in sorted(inside.items()) if k[0] != "_" or isinstance(v, Distribution)}
+    return type(value).__qualname__, {k: _values(v, False) for k, v in own.items()}
 
 
 def _text(value: Any) -> str:

@@ -40,7 +40,7 @@ class GPRegressor:
         posterior_: its posterior given the training data; ``posterior_.sample_paths(k)`` are functions to go on with.
         fit_: the :class:`~ritz.gp.Fit` report.
         log_marginal_likelihood_: what was maximised, a target, for the points and in the units of the last stage of the
-            fit (log prior included, where the process has priors).
+            fit (log prior included, where the process has priors). Where no stage ran, evaluated when asked for.
         log_marginal_likelihood_value_: log p(y | X), the sum over all (standardised) training data; evaluated when
             asked for.
         n_features_in_, feature_names_in_: as everywhere in scikit-learn.
@@ -166,7 +166,6 @@ class GPRegressor:
             callback=self.callback,
             seed=seed,
         )
-        self.log_marginal_likelihood_ = -self.fit_.loss
         self.posterior_ = self.gp_.condition(P, t)
         return self
 
@@ -211,6 +210,17 @@ class GPRegressor:
         P = self._new_points(X)
         samples = self.posterior_.sample(P, n_samples, noise=not latent, seed=_seed(random_state))
         return np.moveaxis(_array(samples) * self.y_scale_ + self.y_mean_, 0, -1)
+
+    @property
+    def log_marginal_likelihood_(self) -> float:
+        """What was maximised, a target; where nothing was, the value at the hyper-parameters as they are."""
+        if not hasattr(self, "posterior_"):
+            raise AttributeError("log_marginal_likelihood_ is there after fit")
+        if self.fit_.stopped:
+            return -self.fit_.loss
+        with torch.no_grad():
+            prior = float(self.gp_.log_prior())
+        return (self.log_marginal_likelihood_value_ + prior) / self.posterior_.y.numel()
 
     @property
     def log_marginal_likelihood_value_(self) -> float:

@@ -20,7 +20,7 @@ class Fit:
     Attributes:
         history: (stage, step, loss, seconds) per step, the loss being −(objective + log prior)/n of the stage's
             targets; an infinite loss is a breakdown that was stepped back from. Stage "all" begins with its start.
-        loss: that of the parameters that were kept, on the points of the last stage that ran.
+        loss: that of the parameters that were kept, on the points of the last stage that found a finite one.
         stopped: why each stage ended: "steps", "gradient" (no entry above gtol), "progress" (a step brings less than
             ftol), "line search" (no better point within rounding), "validation" (no better held-out score for a
             while), "stopped" (by the callback, or time), "start is not finite".

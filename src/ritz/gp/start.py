@@ -54,9 +54,7 @@ def start_noise(gp: Any, X: Tensor, y: Tensor) -> NoiseStart:
     Raises:
         OperandError: a process whose noise is not one learned number.
     """
-    raw = getattr(gp, "raw_noise", None)
-    if raw is None or raw.ndim != 0 or not raw.requires_grad:
-        raise OperandError("start_noise=True needs one learned noise variance; this process has another kind, leave it")
+    check_noise(gp)
     X, y = gp._check(X, y)
     scales = _scales(gp.kernel) or []
     r, before = gp.residual(X, y), float(gp.noise)
@@ -85,6 +83,15 @@ def start_noise(gp: Any, X: Tensor, y: Tensor) -> NoiseStart:
     top, c, nu = max(sound, default=(tried[0][0], 1.0, before))
     put(c, nu)
     return NoiseStart(before, float(gp.noise), c, top - tried[0][0])
+
+
+def check_noise(gp: Any) -> None:
+    """Refuse a process for which :func:`start_noise` has nothing to set."""
+    raw = getattr(gp, "raw_noise", None)
+    if raw is None or raw.ndim != 0 or not raw.requires_grad:
+        raise OperandError(
+            "start_noise=True needs one learned noise variance; this process has another kind, leave start_noise out"
+        )
 
 
 def kept_preconditioner(asked: Any, info: Info | None) -> Any:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from .lbfgs import LBFGS
 
 Optimizer = Adam | LBFGS
 Callback = Callable[[int, float, Any], Any]
+FIGURE = re.compile(r"\b(?:nan|inf)\b|\d+(?:\.\d*)?(?:e[-+]?\d+)?")  # what differs between warnings of one kind
 NUMERICAL = (DomainError, NonFiniteError, BreakdownError, ConvergenceError, torch.linalg.LinAlgError)
 
 
@@ -58,6 +60,22 @@ class HeldOut:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise OperandError(f"HeldOut({name}={value!r}); expected a whole number, at least 1")
+
+    def checked(self, gp: Any, X: Tensor, y: Tensor) -> HeldOut:
+        """The same with points (n*, d), for a process trained on (X, y) as its ``_check`` gives them.
+
+        Raises:
+            OperandError: inputs, outputs, dtype or device that are not those of the training data: targets (n*, 1)
+                would be subtracted from means (n*,) without an error, and give a wrong score.
+        """
+        Xv, yv = gp._check(self.X, self.y)
+        if (Xv.shape[1:], yv.shape[1:], Xv.dtype, Xv.device) != (X.shape[1:], y.shape[1:], X.dtype, X.device):
+            raise OperandError(
+                f"validation has X {tuple(Xv.shape)}, y {tuple(yv.shape)} in {Xv.dtype} on {Xv.device} and training X "
+                f"{tuple(X.shape)}, y {tuple(y.shape)} in {X.dtype} on {X.device}; expected the same but for the "
+                "number of points"
+            )
+        return replace(self, X=Xv, y=yv)
 
     def score(self, gp: Any, X: Tensor, y: Tensor) -> float:
         """Mean negative log predictive density of the held-out targets given (X, y); infinity at a breakdown."""
@@ -158,6 +176,8 @@ class Stage:
         watch: held-out scores, or None.
         state: where the optimizer is; None before the first evaluation.
         reason: why the stage ended; None while it runs.
+        on_grid: ``watch`` before a look that only the step limit asked for; None where there was none. With more steps
+            there would have been no such look.
     """
 
     name: str
@@ -167,6 +187,7 @@ class Stage:
     watch: Watch | None = None
     state: Any = None
     reason: str | None = None
+    on_grid: Watch | None = None
 
     def run(self, after: Callable[[float, bool], bool], pairs: Sequence[Any] = (), *, first: bool) -> None:
         """Step until there is a reason to stop, then write the best parameters into the process.
@@ -218,10 +239,14 @@ class Stage:
     def _watched(self) -> bool:
         """Score where a score is due; whether patience has run out."""
         watch, count = self.watch, self.state.count
-        last = count >= self.optimizer.steps or self.reason is not None
-        if watch is None or (count % watch.held_out.every and not last):
+        if watch is None:
             return False
-        return watch.look(self.loss, self.state.x, self.state.value, count, *self.data)
+        due = count % watch.held_out.every == 0 or self.reason is not None
+        if not due and count < self.optimizer.steps:
+            return False
+        if not due:
+            self.on_grid = replace(watch, scores=list(watch.scores))
+        return watch.look(self.loss, self.state.x, self.state.value, count, *self.data) and due
 
     @property
     def found(self) -> Tensor | None:
@@ -284,7 +309,10 @@ def settings(gp: Any, **values: Any) -> Iterator[None]:
 
 
 class told_once:
-    """Convergence warnings of a whole stage become one, the first, with their number: they would come at every step."""
+    """Convergence warnings of a stage that differ in nothing but figures become one, the first, with their number.
+
+    They would come at every step.
+    """
 
     def __init__(self, stage: str) -> None:
         self.stage, self._catch = stage, warnings.catch_warnings(record=True)
@@ -299,6 +327,9 @@ class told_once:
         for w in self._caught or []:
             if not issubclass(w.category, ConvergenceWarning):
                 warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
-        if ours:
-            more = f" ({len(ours)} warnings of this kind in stage {self.stage!r} of fit)" if len(ours) > 1 else ""
-            warnings.warn(f"{ours[0].message}{more}", ConvergenceWarning, stacklevel=caller_level())
+        kinds: dict[str, list[str]] = {}
+        for text in (str(w.message) for w in ours):
+            kinds.setdefault(FIGURE.sub("#", text), []).append(text)
+        for texts in kinds.values():
+            more = f" ({len(texts)} warnings of this kind in stage {self.stage!r} of fit)" if len(texts) > 1 else ""
+            warnings.warn(f"{texts[0]}{more}", ConvergenceWarning, stacklevel=caller_level())
