@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 from .errors import NonFiniteError, OperandError, TransformError
@@ -211,12 +212,36 @@ def has_tangent(*tensors: Tensor) -> bool:
     return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
+def is_transformed(x: Tensor) -> bool:
+    """Whether ``x`` stands for a batch of tensors or has a tangent, under whatever wrappers of torch.func.grad."""
+    functorch = torch._C._functorch
+    while not has_tangent(x):
+        if not functorch.is_gradtrackingtensor(x):
+            return bool(functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x))
+        x = functorch.get_unwrapped(x)
+    return True
+
+
 def unwrap(x: Tensor) -> Tensor:
     """The tensor under the wrappers of torch.func.grad and vjp."""
     functorch = torch._C._functorch
     while functorch.is_gradtrackingtensor(x):
         x = functorch.get_unwrapped(x)
     return x
+
+
+@contextlib.contextmanager
+def untransformed() -> Iterator[None]:
+    """No torch.func transform inside, for code whose tensors went through :func:`unwrap`.
+
+    Under a transform even new tensors are wrappers, which have no memory that compiled code or a thread could use. What
+    is made in here must not be changed in place under the transform afterwards: hand out a clone.
+    """
+    if not in_transform():
+        yield
+        return
+    with temporarily_clear_interpreter_stack():
+        yield
 
 
 def version(x: Tensor) -> int:

@@ -28,6 +28,7 @@ from .numerics import (
     full_precision,
     has_tangent,
     in_transform,
+    is_transformed,
     refuse_transforms,
     refuse_vmap,
     unwrap,
@@ -335,8 +336,12 @@ def product(A: Any, X: Tensor) -> Tensor:
     operations on its arguments).
     """
     tensors = A.tensors()
-    if in_transform() or has_tangent(X, *tensors):
+    if has_tangent(X, *tensors):
         return A._recorded(X, *tensors)
+    if in_transform():
+        if torch.is_grad_enabled() or any(is_transformed(t) for t in (X, *tensors)):
+            return A._recorded(X, *tensors)
+        return A._numeric(X).clone()  # a tensor of the transform, which callers may change in place
     if torch.is_grad_enabled() and (X.requires_grad or any(t.requires_grad for t in tensors)):
         return _Product.apply(A, X, *tensors)
     return A._numeric(X)

@@ -306,3 +306,19 @@ def test_autocast_outside_changes_nothing(name, rule):
         values.append((out.detach(), gradient))
     for found, expected in zip(values[1], values[0]):
         assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_without_reorthogonalisation_n_steps_do_not_exhaust_the_space():
+    """Clustered eigenvalues: after n steps of the plain recurrence half of the basis repeats the other half."""
+    eigenvalues = torch.cat([torch.logspace(-4, -1, 55, dtype=torch.float64), torch.linspace(10, 11, 5).double()])
+    v = torch.ones(60, dtype=torch.float64)
+    A = torch.diag(eigenvalues)
+    want = float(eigenvalues.log().sum())
+    method = ritz.Lanczos(reorthogonalize=False, rtol=1e-8)
+    value, info = ritz.quadratic_form(F.log, A, v, method=method, return_info=True)
+    assert info.status is ritz.Status.CONVERGED and info.depth > 60
+    assert abs(float(value) - want) < 1e-6 * abs(want)
+    short = ritz.Lanczos(reorthogonalize=False, rtol=1e-8, max_matvecs=60)
+    with pytest.warns(ConvergenceWarning):
+        _, info = ritz.quadratic_form(F.log, A, v, method=short, return_info=True)
+    assert info.status is ritz.Status.MAX_STEPS

@@ -78,3 +78,11 @@ def test_table_interpolates_to_rounding():
         torch.testing.assert_close(table(i, *table.locate(t)), f(t), rtol=0, atol=1e-13)
         single = t.float()
         torch.testing.assert_close(table(i, *table.locate(single)), f(single), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan")])
+def test_outside_of_the_domain(bad):
+    x = torch.tensor([1.0, bad], dtype=torch.float64)
+    for call in (lambda x: log_bessel_k(0.5, x), torch.func.vmap(lambda x: log_bessel_k(0.5, x))):
+        with pytest.raises(OperandError, match="1 entries .* the first is"):
+            call(x)

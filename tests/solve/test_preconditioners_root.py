@@ -34,6 +34,10 @@ def test_products(dtype):
     torch.testing.assert_close(R._rmatmat(X), want)
     torch.testing.assert_close(R._recorded(X, F, noise), want)
     torch.testing.assert_close(R.inverse(X), dense_root(F, noise) @ want)
+    F.zero_()  # it stays what it was made from
+    noise.zero_()
+    torch.testing.assert_close(R @ X, want)
+    torch.testing.assert_close(R._recorded(X, *R.tensors()), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)

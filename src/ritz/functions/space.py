@@ -170,7 +170,10 @@ def build(
         space = _space(run(matmat, V, method.num_matvecs, **options))
         return space, error_estimate(space, functions), _status(space, Status.FIXED)
     rtol = method.tolerance(V.dtype)
-    limit = max(1, min(method.max_matvecs, V.shape[0]))
+    # n orthonormal vectors exhaust the space. The plain recurrence loses orthogonality, and may need more than n steps.
+    limit = method.max_matvecs
+    if method.reorthogonalize or isinstance(method, Arnoldi):
+        limit = max(1, min(limit, V.shape[0]))
     k = min(FIRST, limit)
     state = run(matmat, V, k, **options)
     while True:
@@ -181,7 +184,8 @@ def build(
         if bool((error <= rtol).all()):
             return space, error, _status(space, Status.CONVERGED)
         if k >= limit:
-            done = limit == V.shape[0] or bool((space.state.depth < k).all())
+            full = method.reorthogonalize and limit == V.shape[0]
+            done = full or bool((space.state.depth < k).all())
             return space, error, Status.EXHAUSTED if done else Status.MAX_STEPS
         k = min(limit, max(k + 2, int(GROWTH * k)))
         state = run(matmat, V, k, state=state, **options)

@@ -15,7 +15,7 @@ from ..methods import Auto
 from ..numerics import check_finite
 from ..operators import LinearOperator
 from .backends import Backend, Stored, TileBackend, choose
-from .evaluated import EvaluatedOperator
+from .evaluated import PARAMETERS, EvaluatedOperator
 from .stored import StoredOperator
 
 
@@ -55,7 +55,8 @@ class Kernel(nn.Module, ABC):
             raise OperandError(f"backend={backend!r}; expected Auto(), Stored() or a back end of tiles")
         size = X.shape[0] * (X if Z is None else Z).shape[0]
         tiles = choose(backend.tiles if isinstance(backend, Stored) else backend, size, X.device)
-        operator = self.operator(X, Z, (), tiles)
+        with PARAMETERS:  # or the operator might keep what a tile in another Python thread has put in their place
+            operator = self.operator(X, Z, (), tiles)
         return StoredOperator(operator) if isinstance(backend, Stored) else operator
 
     def operator(
@@ -72,6 +73,8 @@ class Kernel(nn.Module, ABC):
             if not isinstance(P, Tensor) or not P.is_floating_point() or P.ndim not in (1, 2):
                 what = f"{tuple(P.shape)} {P.dtype}" if isinstance(P, Tensor) else type(P).__name__
                 raise OperandError(f"{name} is {what}; expected a floating-point tensor of points (n, d)")
+            if P.dtype not in (torch.float32, torch.float64):
+                raise OperandError(f"{name} is {P.dtype}; expected float32 or float64: convert it with .float()")
             P = P.unsqueeze(1) if P.ndim == 1 else P
             check_finite(P, name)
             out.append(P)
@@ -122,9 +125,18 @@ class ActiveKernel(Kernel):
         if active_dims is not None and ard_num_dims not in (None, len(active_dims)):
             raise OperandError(f"ard_num_dims={ard_num_dims} came with {len(active_dims)} active_dims; they must agree")
         self.ard_num_dims = ard_num_dims
-        index = None if active_dims is None else torch.as_tensor(list(active_dims), dtype=torch.long)
+        self._columns = None if active_dims is None else tuple(int(i) for i in active_dims)
+        index = None if self._columns is None else torch.tensor(self._columns, dtype=torch.long)
         self.register_buffer("active_dims", index)
-        self._columns = None if index is None else tuple(int(i) for i in index)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        found = state_dict.get(prefix + "active_dims")
+        if found is None or tuple(found.tolist()) == self._columns:
+            return super()._load_from_state_dict(state_dict, prefix, *args)
+        args[-1].append(  # error_msgs: load_state_dict raises them
+            f"{prefix}active_dims is {found.tolist()} in the state and {self._columns} in the kernel; the columns are "
+            "fixed when a kernel is made: make it with those of the state"
+        )
 
     def _check(self, X: Tensor, Z: Tensor | None) -> tuple[Tensor, Tensor | None]:
         X, Z = super()._check(X, Z)

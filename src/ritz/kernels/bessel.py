@@ -38,7 +38,7 @@ def log_bessel_k(nu: float, x: Tensor) -> Tensor:
     Gradient: to any order, by K_ν' = −(K_{ν−1} + K_{ν+1})/2.
 
     Raises:
-        OperandError: x that is not of floating point, ν that is not finite.
+        OperandError: x that is not of floating point or has entries that are not positive, ν that is not finite.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise OperandError(f"x is {getattr(x, 'dtype', type(x).__name__)}; expected a floating-point tensor")
@@ -89,6 +89,13 @@ def _reach(B: Tensor) -> Tensor:
 class _LogBesselK(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, nu: float) -> Tensor:
+        # here and not in log_bessel_k, where x may stand for a batch
+        bad = ~(x.detach() > 0)
+        if bool(bad.any()):
+            raise OperandError(
+                f"x has {int(bad.sum())} entries that are NaN or not positive, the first is {float(x[bad][0]):.3g}; "
+                "log K_ν needs x > 0"
+            )
         # a^ν K_ν(a) is finite down to a = 0
         a, mu = x.detach().double(), abs(nu)
         return (log_power_bessel_k(mu, a.square()) - mu * a.log()).to(x.dtype)

@@ -14,7 +14,9 @@ from torch import Tensor
 from .profiles import Profile
 
 # float32: distances are made in float64 where the mean of ‖u‖² exceeds this (or 2d, since fewer dimensions have more
-# close pairs), because they lose about eps·‖u‖² to rounding: 1e-6 in a product, 1e-5 in the gradient at this limit
+# close pairs), because they lose about eps·‖u‖² to rounding: 1e-6 in a product, 1e-5 in the gradient at this limit.
+# Also where the largest ‖u‖² exceeds 16 times this: among many points a few that are far out, and close to each other,
+# hardly move the mean, and their own entries are only as good as eps·max‖u‖².
 SPREAD = 30.0
 
 
@@ -63,7 +65,8 @@ def prepare(U: Tensor, V: Tensor | None, profile: Profile, dtype: torch.dtype) -
     """The factors of the tiles of k(u_i, v_j) in ``dtype``, from float64 coordinates; V = None for U itself."""
     norms = [P.square().sum(1, keepdim=True) for P in ((U,) if V is None else (U, V))]
     spread = max(float(p.mean()) if p.numel() else 0.0 for p in norms)
-    if dtype != torch.float64 and not profile.rough and spread <= min(SPREAD, 2 * U.shape[1]):
+    narrow = dtype != torch.float64 and not profile.rough and spread <= min(SPREAD, 2 * U.shape[1])
+    if narrow and max(float(_largest(p)) for p in norms) <= 16 * SPREAD:
         U, V = U.to(dtype), None if V is None else V.to(dtype)
         norms = [P.square().sum(1, keepdim=True) for P in ((U,) if V is None else (U, V))]
     if V is None:

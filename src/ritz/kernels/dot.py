@@ -127,7 +127,8 @@ class InnerProductOperator(LinearOperator):
     def columns(self, idx: Tensor | Sequence[int]) -> Tensor:
         """The columns K[:, idx] (n, len(idx)); differentiable."""
         index = torch.as_tensor(idx, dtype=torch.long, device=self.device).reshape(-1)
-        return (self._pick(self.X) * self._weights()) @ self._right[index].mT
+        with full_precision():
+            return (self._pick(self.X) * self._weights()) @ self._right[index].mT
 
     def diagonal(self) -> Tensor:
         """The diagonal; differentiable."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..numerics import full_precision, in_transform, unwrap
+from ..numerics import full_precision, in_transform, is_transformed, unwrap
 from ..operators.base import Gradients, LinearOperator
 from .parameters import positive
 from .torch_tiles import CPU_EDGE, Tiles
@@ -17,6 +18,12 @@ from .torch_tiles import CPU_EDGE, Tiles
 if TYPE_CHECKING:
     from .backends import TileBackend
     from .base import Kernel
+
+
+# ``functional_call`` puts tensors into a module in place of its parameters until it returns: another Python thread
+# would evaluate the same kernel with them, or restore it to them for good. One lock for all, because kernels share
+# parts; a thread may enter it again, since a kernel's ``evaluate`` may use another kernel's operator.
+PARAMETERS = threading.RLock()
 
 
 class _Evaluate(nn.Module):
@@ -56,7 +63,8 @@ class EvaluatedOperator(LinearOperator):
         rows, columns = X.shape[0], (X if Z is None else Z).shape[0]
         super().__init__((rows, columns), X.dtype, X.device, hermitian=same or None, psd=same or None)
         self.kernel, self.X, self.Z, self.raw_scales = kernel, X, Z, tuple(raw_scales)
-        named = dict(kernel.named_parameters())
+        with PARAMETERS:
+            named = dict(kernel.named_parameters())
         self.names, self.parameters = tuple(named), tuple(named.values())
         # Entries come from torch code whatever the back end, which only says how large tiles are.
         edge = getattr(backend, "edge", None)
@@ -86,8 +94,13 @@ class EvaluatedOperator(LinearOperator):
     def _entries(self, X: Tensor, Z: Tensor | None, rest: Sequence[Tensor]) -> Tensor:
         """Entries for points and the tensors after them in :meth:`tensors`."""
         scales, parameters = rest[: len(self.raw_scales)], rest[len(self.raw_scales) :]
-        named = {f"kernel.{name}": p for name, p in zip(self.names, parameters, strict=True)}
-        K = functional_call(_Evaluate(self.kernel), named, (X, Z))
+        with PARAMETERS:
+            own = dict(self.kernel.named_parameters())
+            if all(own.get(name) is p for name, p in zip(self.names, parameters, strict=True)):
+                K = self.kernel.evaluate(X, Z)
+            else:
+                named = {f"kernel.{name}": p for name, p in zip(self.names, parameters, strict=True)}
+                K = functional_call(_Evaluate(self.kernel), named, (X, Z))
         for raw in scales:
             K = positive(raw).to(K.dtype).reshape(()) * K
         return K
@@ -108,16 +121,21 @@ class EvaluatedOperator(LinearOperator):
 
     @torch.no_grad()
     def _numeric(self, X: Tensor) -> Tensor:
-        tensors = [unwrap(t).detach() for t in self.tensors()]
-        P, Z, rest = self._split(tensors)
         Y = torch.zeros(self.shape[0], X.shape[1], dtype=self.dtype, device=self.device)
         with full_precision():
-            for i, j, diagonal in self._tiles():
-                K = self._entries(P[i], None if diagonal else (P if Z is None else Z)[j], rest)
+            for i, j, K, mirrored in self._numbers():
                 Y[i].addmm_(K, X[j])
-                if Z is None and not diagonal:
+                if mirrored:
                     Y[j].addmm_(K.mT, X[i])
         return Y
+
+    def _numbers(self) -> Iterator[tuple[slice, slice, Tensor, bool]]:
+        """(rows, columns, entries, whether the tile stands for its mirror image as well), without a graph."""
+        # The parameters not detached: the kernel's own need no exchange.
+        P, Z, rest = self._split([unwrap(t) for t in self.tensors()])
+        for i, j, diagonal in self._tiles():
+            K = self._entries(P[i], None if diagonal else (P if Z is None else Z)[j], rest)
+            yield i, j, K, Z is None and not diagonal
 
     # -- gradients ------------------------------------------------------------------------------------------------
 
@@ -178,4 +196,15 @@ class EvaluatedOperator(LinearOperator):
         return torch.cat(parts) if parts else torch.zeros(0, dtype=self.dtype, device=self.device)
 
     def to_dense(self) -> Tensor:
-        return self._entries(*self._split(self.tensors()))
+        """The matrix (n, m): by tiles where no graph is wanted, in differentiable operations otherwise."""
+        tensors = self.tensors()
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if recorded or any(is_transformed(t) for t in tensors):
+            return self._entries(*self._split(tensors))
+        with torch.no_grad(), full_precision():
+            out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            for i, j, K, mirrored in self._numbers():
+                out[i, j] = K
+                if mirrored:
+                    out[j, i] = K.mT
+            return out

@@ -72,7 +72,7 @@ class GeneralMaternProfile(Profile):
     @cached_property
     def _limits(self) -> tuple[float, float]:
         """The t from which on k would be subnormal, in float32 and in float64."""
-        t = torch.logspace(0, math.log10(LARGEST), 500, dtype=torch.float64)
+        t = torch.logspace(0, math.log10(LARGEST), 500, dtype=torch.float64, device="cpu")
         log_k = self._log_derivative(t, 0)
         return tuple(float(t[log_k > lowest_exponent(d)][-1]) for d in (torch.float32, torch.float64))  # type: ignore
 

@@ -61,14 +61,14 @@ class CompiledPass(TorchPass):
 
         self.profile = profile
         self._sizes = (points.left.dtype.itemsize, dtype.itemsize)
-        self._narrow = torch.empty(area if self._sizes == (8, 4) else 0, dtype=dtype)
+        self._narrow = torch.empty(area if self._sizes == (8, 4) else 0, dtype=dtype, device=points.left.device)
         self._code = numba_code
         # What the compiled functions read, at addresses that do not move: see numba_code.
         self._facts = np.array([0, code], dtype=np.int64)
         self._shapes = np.array([1.0, 0.0])
         if isinstance(profile, RationalQuadraticProfile):
             # the profile's own upper end of t, which it applies to a tile
-            top = profile.clamp_(torch.full((1,), torch.finfo(dtype).max, dtype=dtype))
+            top = profile.clamp_(torch.full((1,), torch.finfo(dtype).max, dtype=dtype, device=points.left.device))
             self._shapes[:] = profile.alpha, float(top)
         self._sums = np.zeros(2)
         self._data = np.array(

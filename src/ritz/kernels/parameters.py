@@ -24,7 +24,7 @@ def raw_of(value: Any, like: Tensor, name: str, floor: float = FLOOR) -> Tensor:
     Raises:
         OperandError: where the value is not finite and above the floor, or does not broadcast to ``like``.
     """
-    v = torch.as_tensor(value, dtype=torch.float64).detach().to("cpu") - floor
+    v = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach() - floor
     if not bool(torch.isfinite(v).all()) or bool((v <= 0).any()):
         raise OperandError(f"{name} was set to {value}; expected finite numbers above {floor:g}")
     raw = v + torch.log(-torch.expm1(-v))  # the inverse of softplus, without overflow

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..numerics import full_precision, unwrap
+from ..numerics import full_precision, is_transformed, unwrap
 from ..operators.base import Gradients, LinearOperator
 from .distances import Coordinates, origin_of
 from .parameters import positive
@@ -201,8 +201,10 @@ class FactoredOperator(LinearOperator):
 
     def to_dense(self) -> Tensor:
         """The matrix (n, m): by tiles where no graph is wanted, in differentiable operations otherwise."""
-        if torch.is_grad_enabled() and any(t.requires_grad for t in self.tensors()):
-            return self._dense(*self.tensors())
+        tensors = self.tensors()
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if recorded or any(is_transformed(t) for t in tensors):
+            return self._dense(*tensors)
         with torch.no_grad(), full_precision():
             out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
             for i, j, K in self._products():

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..numerics import full_precision
+from ..numerics import full_precision, has_tangent, in_transform, untransformed, unwrap, version
 from ..operators import Sum
 from ..operators.base import Gradients, LinearOperator
 from .backends import Stored
 from .torch_tiles import multiply
 
 
+class _Kept(NamedTuple):
+    """A matrix with what it was made from: memory and count of changes of every tensor."""
+
+    matrix: Tensor
+    key: tuple[tuple[int, int], ...]
+    seen: tuple[Tensor, ...]  # held, so that no other tensor gets the same memory
+
+
 class StoredOperator(LinearOperator):
     """The matrix of ``operator`` (n, m), made at the first product and anew when a tensor of it has changed.
 
-    Memory: n·m numbers. Gradient: the operator's own pairing, by tiles; the second derivative through its dense matrix.
+    Changes that PyTorch counts are seen: operations in place, steps of an optimiser, and another tensor assigned to
+    ``.data``. Writes through ``.data`` (``p.data.fill_(1)``) and in inference mode are not counted, and not seen.
+
+    Memory: n·m numbers, and as many again for a moment where a sum is made. Gradient: the operator's own pairing, by
+    tiles; the second derivative through its dense matrix.
     """
 
     def __init__(self, operator: LinearOperator) -> None:
@@ -26,8 +38,7 @@ class StoredOperator(LinearOperator):
             operator.shape, operator.dtype, operator.device, hermitian=operator.hermitian, psd=operator.psd
         )
         self.operator = operator
-        self._matrix: Tensor | None = None
-        self._versions: tuple[int, ...] = ()
+        self._kept: _Kept | None = None
 
     @property
     def backend(self) -> Stored:
@@ -47,11 +58,15 @@ class StoredOperator(LinearOperator):
     @torch.no_grad()
     def matrix(self) -> Tensor:
         """The matrix as numbers, without a graph."""
-        versions = tuple(t._version for t in self.operator.tensors())
-        if self._matrix is None or versions != self._versions:
-            self._matrix = None  # before the new one is there, or both would be held
-            self._matrix, self._versions = self.operator.to_dense().detach(), versions
-        return self._matrix
+        seen = tuple(unwrap(t) for t in self.operator.tensors())
+        key = tuple((t.data_ptr(), version(t)) for t in seen)
+        kept = self._kept  # read once: another Python thread may exchange it
+        if kept is None or key != kept.key:
+            kept = self._kept = None  # before the new one is there, or both would be held
+            with untransformed():
+                held = tuple(t.detach() for t in seen)
+            kept = self._kept = _Kept(unwrap(_filled(self.operator).detach()), key, held)
+        return kept.matrix
 
     def _matmat(self, X: Tensor) -> Tensor:
         from ..pairing import product
@@ -61,15 +76,18 @@ class StoredOperator(LinearOperator):
     def _rmatmat(self, X: Tensor) -> Tensor:
         if self.hermitian:
             return self._matmat(X)
-        if torch.is_grad_enabled():
+        tensors = (X, *self.tensors())
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if recorded or in_transform() or has_tangent(*tensors):
             return self.operator._rmatmat(X)
-        with full_precision():
+        with torch.no_grad(), full_precision():
             return multiply(self.matrix().mT, X, same=False)
 
     @torch.no_grad()
     def _numeric(self, X: Tensor) -> Tensor:
-        with full_precision():
-            return multiply(self.matrix(), X, same=bool(self.hermitian))
+        K = self.matrix()
+        with full_precision(), untransformed():
+            return multiply(K, unwrap(X), same=bool(self.hermitian))
 
     def _recorded(self, X: Tensor, *tensors: Tensor) -> Tensor:
         return _recorded(self.operator, X, tensors)
@@ -90,6 +108,16 @@ class StoredOperator(LinearOperator):
 
     def to_dense(self) -> Tensor:
         return self.operator.to_dense()
+
+
+def _filled(operator: LinearOperator) -> Tensor:
+    """The matrix as numbers; a sum term by term, with one matrix besides."""
+    if not isinstance(operator, Sum):
+        return operator.to_dense()
+    out = torch.zeros(operator.shape, dtype=operator.dtype, device=operator.device)
+    for term in operator.terms:
+        out += term.to_dense()
+    return out
 
 
 def _recorded(operator: Any, X: Tensor, tensors: Sequence[Tensor]) -> Tensor:

@@ -32,7 +32,7 @@ class LogTable:
     def __init__(self, functions: Sequence[Callable[[Tensor], Tensor]]) -> None:
         nodes = np.cos(np.pi * (np.arange(DEGREE + 1) + 0.5) / (DEGREE + 1))  # in [−1, 1]
         to_powers = torch.from_numpy(np.linalg.inv(np.vander(nodes, increasing=True)))
-        starts = torch.arange(FIRST, LAST, dtype=torch.float64)
+        starts = torch.arange(FIRST, LAST, dtype=torch.float64, device="cpu")
         t = torch.exp((starts[:, None] + (torch.from_numpy(nodes) + 1) / 2) / PER_UNIT)
         self.coefficients = [(f(t) @ to_powers.mT).mT.contiguous() for f in functions]  # (DEGREE + 1, intervals)
         self._copies: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}

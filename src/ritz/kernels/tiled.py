@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..numerics import full_precision, unwrap
+from ..numerics import full_precision, in_transform, is_transformed, untransformed, unwrap
 from ..operators.base import Gradients, LinearOperator
 from .backends import TileBackend
 from .distances import Coordinates, origin_of, prepare, squared_distances
@@ -74,10 +74,10 @@ class StationaryOperator(LinearOperator):
 
     @torch.no_grad()
     def _numeric(self, X: Tensor) -> Tensor:
-        with full_precision():
-            Y = self.backend.product(*self._prepared(), X)
-            scale = self._factor(*self.raw_scales)
-        return Y if scale is None else Y.mul_(scale)
+        with full_precision(), untransformed():
+            Y = self.backend.product(*self._prepared(), unwrap(X))
+            scale = self._factor(*_plain(*self.raw_scales))
+            return Y if scale is None else Y.mul_(scale)
 
     def _recorded(self, X: Tensor, *tensors: Tensor) -> Tensor:
         return self._dense(*tensors) @ X
@@ -129,7 +129,7 @@ class StationaryOperator(LinearOperator):
         moves, sums = any(needs[:first]), any(needs[first:])
         if not moves and not sums:
             return (None,) * len(tensors)
-        with torch.no_grad(), full_precision():
+        with torch.no_grad(), full_precision(), untransformed():
             profile, points = self._prepared()
             sums = sums or profile.num_shapes > 0
             Lam, Q = unwrap(Lam).detach(), unwrap(Q).detach()
@@ -176,13 +176,16 @@ class StationaryOperator(LinearOperator):
 
     def to_dense(self) -> Tensor:
         """The matrix (n, m): by tiles in place where no graph is wanted, in differentiable operations otherwise."""
-        if torch.is_grad_enabled() and any(t.requires_grad for t in self.tensors()):
-            return self._dense(*self.tensors())
-        with torch.no_grad(), full_precision():
+        tensors = self.tensors()
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if recorded or any(is_transformed(t) for t in tensors):
+            return self._dense(*tensors)
+        with torch.no_grad(), full_precision(), untransformed():
             K = torch.empty(self.shape, dtype=self.dtype, device=self.device)
             self.backend.fill(*self._prepared(), K)
             scale = self._factor(*_plain(*self.raw_scales))
-            return K if scale is None else K.mul_(scale)
+            K = K if scale is None else K.mul_(scale)
+        return K.clone() if in_transform() else K
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

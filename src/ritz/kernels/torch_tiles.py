@@ -239,7 +239,7 @@ def multiply(K: Tensor, X: Tensor, *, same: bool) -> Tensor:
     if K.device.type != "cpu":
         return K @ X
     k, X = X.shape[1], _as_rows(X)
-    Y = torch.zeros(X.shape[0], K.shape[0], dtype=X.dtype)
+    Y = torch.zeros(X.shape[0], K.shape[0], dtype=X.dtype, device=X.device)
     x, y = X.split(CPU_EDGE, 1), Y.split(CPU_EDGE, 1)
     parts = [rows.split(CPU_EDGE, 1) for rows in K.split(CPU_EDGE)]
 

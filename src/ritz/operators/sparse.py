@@ -145,6 +145,8 @@ class Sparse(LinearOperator):
         from ..pairing import product
 
         self.check_detected()
+        if in_transform():
+            return self._recorded(X, self.values)
         return product(self, X)
 
     def _numeric(self, X: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from ..errors import DomainError, OperandError
 from ..numerics import full_precision, unwrap
 from ..operators import Diagonal, LinearOperator
 from .preconditioners import Preconditioner
-from .root import InverseRoot, Shift, wide
+from .root import InverseRoot, Shift, frozen, wide
 
 
 class LowRankPreconditioner(Preconditioner):
@@ -29,7 +29,7 @@ class LowRankPreconditioner(Preconditioner):
         dtype: of the operator; that of the factor by default. The factor is best in float64 also for float32.
 
     Attributes:
-        factor, noise: F, and σ² or the diagonal of D: the tensors that P depends on.
+        factor, noise: F, and σ² or the diagonal of D, copied: P stays what it was made from. Gradients go through.
         pivots: indices of the columns that F was made of (r,), or None.
 
     Raises:
@@ -39,12 +39,12 @@ class LowRankPreconditioner(Preconditioner):
     def __init__(self, factor: Tensor, shift: Shift, dtype: torch.dtype | None = None) -> None:
         n = factor.shape[0]
         super().__init__((n, n), dtype or factor.dtype, factor.device, psd=True)
-        self.factor = factor
-        self.noise = shift
+        self.noise: Shift
         self.pivots: Tensor | None = None
         self._scale: Tensor | None = None  # diagonal of W
-        if isinstance(shift, Tensor) and shift.ndim == 1 and shift.numel() == n and n > 1:
+        if isinstance(shift, Tensor) and shift.ndim == 1 and shift.numel() == n and n != 1:
             _check_diagonal(shift)
+            self.factor, self.noise = factor, shift = frozen(factor), frozen(shift)
             self._scale = wide(shift).sqrt()
             scaled: Tensor = wide(factor) / self._scale.unsqueeze(1)
             self._core = InverseRoot(scaled, 1.0, self.dtype)
@@ -52,6 +52,7 @@ class LowRankPreconditioner(Preconditioner):
             raise OperandError(f"shift has shape {tuple(shift.shape)}; expected one element, or ({n},) for a diagonal")
         else:
             self._core = InverseRoot(wide(factor), shift, self.dtype)
+            self.factor, self.noise = self._core.factor, self._core.shift_
 
     def _matmat(self, X: Tensor) -> Tensor:
         F = self.factor

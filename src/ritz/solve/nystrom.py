@@ -76,18 +76,19 @@ class _Pivoted(ABC):
             beside = None if noise is None else noise_values(noise, n, K.device)
             pivots, C, left = self._select(K, beside)
         if torch.is_grad_enabled():
-            C = K.columns(pivots)
+            with full_precision():
+                C = K.columns(pivots)
         factor, pivots = factor_of_columns(C, pivots)
         if noise is None:
-            mean = float(K.diagonal().detach().real.mean())
-            noise = max(left / n, torch.finfo(K.dtype).eps * mean)
+            mean = float(K.diagonal().detach().real.mean()) if n else 1.0
+            noise = max(left / max(n, 1), torch.finfo(K.dtype).eps * mean)
         P = LowRankPreconditioner(factor, noise, K.dtype)
         P.pivots = pivots
         return P
 
     def _run(self, K: LinearOperator, noise: Tensor | None, rank: int, algorithm: Any, **options: Any) -> Selection:
         """A selection on K, or on D^(-1/2) K D^(-1/2) where the noise differs from row to row."""
-        w = None if noise is None or bool((noise == noise[0]).all()) else noise.clamp(min=0).sqrt()
+        w = None if noise is None or bool((noise == noise[:1]).all()) else noise.clamp(min=0).sqrt()
         diagonal = K.diagonal().real.to(torch.float64)
         if w is None:
             return algorithm(diagonal, K.columns, rank, K.dtype, **options)  # type: ignore[no-any-return]
@@ -150,7 +151,8 @@ class Landmarks(_Pivoted):
     an objective stays one smooth function.
 
     Args:
-        indices: columns of K, distinct; a sequence or a tensor of whole numbers.
+        indices: columns of K, distinct; a sequence or a tensor of whole numbers. Columns that depend on others up to
+            rounding are left out.
 
     Cost and gradient as :class:`PivotedCholesky`, without the selection.
     """
@@ -169,6 +171,10 @@ class Landmarks(_Pivoted):
             raise OperandError(f"Landmarks has column {max(self.indices)}; the operator has {K.shape[0]} columns")
         pivots = torch.tensor(self.indices, dtype=torch.long, device=K.device)
         C = K.columns(pivots)
+        S = wide(C)[pivots]
+        chosen = greedy(S.diagonal().real, lambda at: S[:, at], len(pivots), K.dtype).pivots
+        if len(chosen) < len(pivots):  # some depend on others: leave those out, and not all that come after them
+            pivots, C = pivots[chosen], C[:, chosen]
         if noise is not None:
             return Selection(pivots, C, 0.0)
         F, kept = factor_of_columns(C, pivots)
@@ -202,8 +208,8 @@ class Nystrom(_Ranked):
         noise = add_shifts(noise, shift)
         n = K.shape[0]
         generator = torch.Generator().manual_seed(self.seed)
-        omega = torch.linalg.qr(torch.randn(n, self.resolve(n), generator=generator, dtype=torch.float64)).Q
-        omega = omega.to(device=K.device, dtype=torch.promote_types(K.dtype, torch.float64))
+        omega = torch.randn(n, self.resolve(n), generator=generator, dtype=torch.float64, device="cpu")
+        omega = torch.linalg.qr(omega).Q.to(device=K.device, dtype=torch.promote_types(K.dtype, torch.float64))
         with full_precision():
             Y = wide(K @ omega.to(K.dtype))
             nu = torch.finfo(K.dtype).eps * float(torch.linalg.matrix_norm(Y.detach()))
@@ -214,7 +220,9 @@ class Nystrom(_Ranked):
                 keep = int(order) - 1
                 Y, L = Y[:, :keep], torch.linalg.cholesky((S + S.mH)[:keep, :keep] / 2)
             factor = torch.linalg.solve_triangular(L.mH, Y, upper=True, left=False)
-        if noise is None:
+        if noise is None and not n:
+            noise = 1.0
+        elif noise is None:
             diagonal = K.diagonal().detach().real.double()
             left = float((diagonal - (factor.detach().abs() ** 2).sum(1)).clamp(min=0).mean())
             noise = max(left, torch.finfo(K.dtype).eps * float(diagonal.mean()))
@@ -240,7 +248,7 @@ def _enough(rank: int | None, noise: Tensor | None) -> float:
 
     In units of the noise where it differs from row to row. A rank that was given is kept.
     """
-    if rank is not None or noise is None:
+    if rank is not None or noise is None or not noise.numel():
         return 0.0
     return float(noise[0]) if bool((noise == noise[0]).all()) else 1.0
 

@@ -106,7 +106,7 @@ def random_blocks(
     while not state.done(enough):
         wanted = rank - len(state.pivots)
         size = min(block, wanted)
-        draws = torch.rand(2, size, generator=generator, dtype=torch.float64)
+        draws = torch.rand(2, size, generator=generator, dtype=torch.float64, device="cpu")
         total = state.d.cumsum(0)
         found = torch.searchsorted(total, draws[0].to(total.device) * total[-1], right=True)
         candidates = found.clamp(max=len(total) - 1)

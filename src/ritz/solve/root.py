@@ -28,6 +28,12 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float64))
 
 
+def frozen(x: Tensor) -> Tensor:
+    """A copy on the graph of x, also where gradients are off: changes of x in place do not reach it."""
+    with torch.enable_grad():
+        return x.clone()
+
+
 class InverseRoot(LinearOperator):
     """(F Fᴴ + σ² I)^(-1/2), Hermitian positive definite, by the singular values s and vectors U of F.
 
@@ -41,7 +47,7 @@ class InverseRoot(LinearOperator):
 
     Args:
         factor: F (n, r), double precision.
-        shift: σ² > 0, a number or a tensor of one element.
+        shift: σ² > 0, a number or a tensor of one element. Both are copied: the operator stays what it was made from.
         dtype: of the operator; that of the factor by default.
 
     Cost: a product with k vectors 4 n r k operations, set-up 4 n r²; n r numbers in double precision.
@@ -54,7 +60,7 @@ class InverseRoot(LinearOperator):
         value = float(unwrap(shift).detach() if isinstance(shift, Tensor) else shift)
         if not 0 < value < float("inf"):
             raise DomainError(f"a low-rank preconditioner needs a shift σ² > 0; got {value:.3g}: build(A, shift=...)")
-        self.factor, self.shift_ = factor, shift
+        self.factor, self.shift_ = frozen(factor), frozen(shift) if isinstance(shift, Tensor) else shift
         with torch.no_grad(), full_precision():
             self._Q, R = torch.linalg.qr(wide(unwrap(factor).detach()))
             self._u, s, self._wh = torch.linalg.svd(R, full_matrices=False)
