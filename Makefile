@@ -67,7 +67,7 @@ $(BENCH_STAMP): pyproject.toml constraints.txt benchmarks/requirements.txt
 bench: $(BENCH_STAMP)  ## measure gradients against the peers
 	$(BENCH)/bin/python benchmarks/gradients.py
 
-bench-gp: $(BENCH_STAMP)  ## race exact Gaussian processes against the peers, about 20 minutes
+bench-gp: $(BENCH_STAMP)  ## race exact Gaussian processes against the peers, about 40 minutes
 	$(BENCH)/bin/python benchmarks/kernel_products.py
 	$(BENCH)/bin/python benchmarks/gp.py
 

@@ -16,7 +16,7 @@ from ritz.kernels.backends import choose
 from ritz.kernels.distances import prepare
 from ritz.kernels.panels import rounds, together
 from ritz.kernels.profiles import Gaussian, MaternProfile, RationalQuadraticProfile
-from ritz.kernels.torch_tiles import TorchPass
+from ritz.kernels.torch_tiles import TorchPass, multiply
 from ritz.kernels.triton_tiles import TritonTiles
 from ritz.methods import Auto
 from ritz.testing import check_operator
@@ -423,3 +423,21 @@ def test_without_an_openmp_runtime_tiles_are_made_by_the_calling_thread(monkeypa
     X = draw(90, 2)
     with torch.no_grad():
         torch.testing.assert_close(RBF().double()(X, backend=Tiles(20)).to_dense(), textbook(RBF().double(), X, X))
+
+
+@pytest.mark.parametrize("k", [1, 11])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_products_with_a_stored_matrix_of_many_tiles(k, threads):
+    """Larger than a tile in both directions, with ragged edges; the symmetric case reads one half only."""
+    generator = torch.Generator().manual_seed(0)
+    K, V = (torch.randn(1300, m, generator=generator, dtype=torch.float64) for m in (1100, k))
+    square = torch.randn(1300, 1300, generator=generator, dtype=torch.float64)
+    square = square + square.mT
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        torch.testing.assert_close(multiply(square, V, same=True), square @ V)
+        torch.testing.assert_close(multiply(K.mT, V, same=False), K.mT @ V)
+        torch.testing.assert_close(multiply(K, V[:1100], same=False), K @ V[:1100])
+    finally:
+        torch.set_num_threads(before)

@@ -136,7 +136,7 @@ def add_demo(commands: Any, common: argparse.ArgumentParser) -> None:
         help="fit the shipped elevators set, 16599 rows, in two minutes",
         description=(
             "Fit an exact Gaussian process to the shipped elevators set (16599 rows, 18 inputs) and compare it, on\n"
-            "held-out rows, with a constant and with an exact GP on a subset of 2000 rows. Two minutes on two cores."
+            "held-out rows, with a constant and with an exact GP on a subset of 1000 rows. Two minutes on two cores."
         ),
         epilog="May be run again: it replaces its own results.",
     )
