@@ -133,7 +133,7 @@ def test_in_a_process(data: Path, tmp_path: Path) -> None:
     "number, code, says", [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
 def test_signals_leave_nothing_behind(number: int, code: int, says: str, data: Path, tmp_path: Path) -> None:
-    more = ["--subset", "20", "--steps", "1000000", "--probes", "2"]
+    more = ["--subset", "20", "--steps", "1000000", "--lr", "1e-6", "--probes", "2"]
     command = [sys.executable, "-m", "ritz.cli", "gp", "fit", str(data), "--target", "y", "--out", "out", *more]
     job = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
