@@ -96,7 +96,8 @@ def bars(result: dict) -> list[dict]:
             bar(f"{MAIN}: NLL minus GPyTorch's ≤ 0.001 nats at {at}", gap, 1e-3, note=steps)
     for row in of(result, "gradients"):
         if "own" in row:
-            bar(f"{row['set']}: gradient = derivative of its own objective (relative)", row["own"], 1e-3)
+            at = f"tolerance {result['settings'].get('check_rtol', rtol):g}"
+            bar(f"{row['set']}: gradient = derivative of its own objective (relative)", row["own"], 1e-3, note=at)
             note = "1.1 is expected; in standard errors, root mean square over probe sets"
             bar(f"{row['set']}: gradient − Cholesky's", row["cholesky"], 2.0, note=note)
     for row in of(result, "agreement"):

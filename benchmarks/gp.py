@@ -69,13 +69,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--long", action="store_true", help="scaling to n = 100 000")
     parser.add_argument("--depth", type=int, default=20, help="products per vector in the scaling runs")
     parser.add_argument("--rtol", type=float, default=1e-3, help="stopping tolerance of everybody's solves")
+    parser.add_argument("--check-rtol", type=float, default=1e-4, help="the same in the gradient checks")
     parser.add_argument("--lr", type=float, default=0.05)
-    parser.add_argument("--limit", type=float, default=150.0, help=f"seconds of training per row on {MAIN} (0: none)")
+    parser.add_argument("--limit", type=float, default=300.0, help=f"seconds of training per row on {MAIN} (0: none)")
+    parser.add_argument("--peer-limit", type=float, help="the same for the peers' rows (default: --limit)")
     parser.add_argument("--subset-limit", type=float, default=45.0, help="the same on the other sets")
     parser.add_argument("--budget", type=float, default=100.0, help=f"wall-clock budget compared on {MAIN}, seconds")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=1200.0, help="seconds a process may take")
+    parser.add_argument("--keops-timeout", type=float, default=300.0, help="the same for the KeOps rows")
     parser.add_argument("--data", help="folder that holds uci/NAME/data.csv.gz (or set RITZ_DATA)")
     parser.add_argument("--output", type=Path, default=_common.HERE / "results")
     parser.add_argument("--name", help="stem of the result files (default gp-cpu-DATE)")
@@ -152,7 +155,9 @@ class Run:
 
     def row(self, task: str, section: str, spec: dict, **tags: Any) -> dict:
         began = time.monotonic()
-        record = launch(task, self.common | spec, self.options.timeout)
+        slow = "KeOps" in spec.get("contestant", "")
+        timeout = min(self.options.timeout, self.options.keops_timeout) if slow else self.options.timeout
+        record = launch(task, self.common | spec, timeout)
         record = {"section": section, **tags, **record, "process_s": time.monotonic() - began}
         self.result["rows"].append(record)
         self.save()
@@ -220,7 +225,7 @@ class Run:
             for name in self.available(section):
                 if self.wanted(section):
                     spec = {"set": name, "check_rows": self.options.check_rows, "check": section}
-                    spec["state"] = self.result["sets"][name]["state"]
+                    spec |= {"state": self.result["sets"][name]["state"], "rtol": self.options.check_rtol}
                     self.row("checks", section, spec, set=name)
 
     def race(self) -> None:
@@ -246,7 +251,9 @@ class Run:
         spec |= {"timed": options.timed, "timed_seconds": options.timed_seconds}
         spec |= {"train": turn == 0 and not timed_only}
         spec |= {"steps": options.steps if name == MAIN else options.subset_steps}
-        spec |= {"limit": options.limit if name == MAIN else options.subset_limit}
+        ours_or_all = contestant.startswith("ritz") or options.peer_limit is None
+        main_limit = options.limit if ours_or_all else options.peer_limit
+        spec |= {"limit": main_limit if name == MAIN else options.subset_limit}
         spec |= {"budget": options.budget if name == MAIN else None}
         self.row("race", "race", spec, set=name, contestant=contestant, turn=turn)
 

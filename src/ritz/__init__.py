@@ -1,6 +1,6 @@
 """ritz: gradients of functions of large matrices, and learning with the curvature they give."""
 
-from . import errors, functions, gp, kernels, krylov, operators, stochastic, testing
+from . import curvature, errors, functions, gp, kernels, krylov, operators, optim, stochastic, testing
 from .errors import (
     BreakdownError,
     ConvergenceError,
@@ -49,6 +49,7 @@ __all__ = [
     "Unrolled",
     "aslinearoperator",
     "bilinear_form",
+    "curvature",
     "diagonal",
     "errors",
     "expm_multiply",
@@ -59,6 +60,7 @@ __all__ = [
     "krylov",
     "logdet",
     "operators",
+    "optim",
     "quadratic_form",
     "ravel",
     "solve",

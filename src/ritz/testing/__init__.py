@@ -15,6 +15,7 @@ from ritz.testing.matrices import (
     read_matrix_market,
     suitesparse,
 )
+from ritz.testing.traces import optimizer_from_trace
 
 __all__ = [
     "CheckError",
@@ -32,6 +33,7 @@ __all__ = [
     "loops",
     "market",
     "matrices",
+    "optimizer_from_trace",
     "oracles",
     "problem",
     "problems",

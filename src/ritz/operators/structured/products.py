@@ -1,0 +1,91 @@
+"""Products that structures are made of: written into memory that is there, accumulated, symmetric."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...numerics import has_tangent, in_transform
+
+SYMMETRIC_BLOCK = 256  # below this size one product is faster than three smaller ones and a transposed copy
+
+
+def writable(*tensors: Tensor) -> bool:
+    """Whether a result may be written into memory made beforehand: nothing is recorded, traced or transformed."""
+    if torch.compiler.is_compiling() or in_transform() or has_tangent(*tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def empty_product(flat: Tensor, X: Tensor) -> Tensor:
+    """Memory for a product of the matrices behind ``flat`` (..., p) with ``X`` (..., d, m)."""
+    batch = torch.broadcast_shapes(flat.shape[:-1], X.shape[:-2])
+    if not batch and by_columns(X):
+        return X.new_empty(X.shape[1], X.shape[0]).mT
+    return X.new_empty(batch + X.shape[-2:])
+
+
+def by_columns(X: Tensor) -> bool:
+    """Whether a matrix lies in memory column after column, as the transpose of a contiguous one does.
+
+    A product keeps that layout, so that Y = (K Xᵀ)ᵀ is contiguous where X is, and what follows reads it in order.
+    """
+    return X.ndim == 2 and X.stride(0) == 1 and X.stride(1) > 1
+
+
+def as_matrix(flat: Tensor, rows: int, columns: int) -> Tensor:
+    """The last axis as a (rows, columns) matrix; a view, because that axis is contiguous in everything stored."""
+    return flat.reshape(flat.shape[:-1] + (rows, columns))
+
+
+def product(A: Tensor, X: Tensor, out: Tensor | None = None) -> Tensor:
+    """A X, into ``out`` where given: (..., n, k) with (..., k, m)."""
+    if out is None:
+        if A.ndim != 2 or not by_columns(X) or not writable(A, X):
+            return A @ X
+        out = X.new_empty(X.shape[1], A.shape[0]).mT
+    if A.ndim == 2 and X.ndim == 2:
+        return torch.mm(A, X, out=out)
+    if A.ndim == 3 and X.ndim == 3 and A.shape[0] == X.shape[0]:
+        return torch.bmm(A, X, out=out)
+    return out.copy_(A @ X)  # torch.matmul resizes an ``out`` of other ranks, and so detaches a view from its memory
+
+
+def add_product_(Y: Tensor, A: Tensor, X: Tensor) -> Tensor:
+    """Y + A X in place; Y is memory of our own."""
+    if Y.ndim == 2 and A.ndim == 2 and X.ndim == 2:
+        return Y.addmm_(A, X)
+    if Y.ndim == 3 and A.ndim == 3 and X.ndim == 3 and Y.shape[0] == A.shape[0] == X.shape[0]:
+        return Y.baddbmm_(A, X)
+    return Y.add_(A @ X)
+
+
+def symmetric_product(L: Tensor) -> Tensor:
+    """L Lᵀ, (..., d, m) -> (..., d, d), exactly symmetric where it is computed by blocks.
+
+    A large product is computed in its lower blocks and mirrored, recursively: for d = 4 SYMMETRIC_BLOCK that saves
+    three eighths of the multiplications.
+    """
+    d = L.shape[-2]
+    if L.ndim != 2 or d < 2 * SYMMETRIC_BLOCK or L.device.type != "cpu" or not writable(L):
+        return L @ L.mT
+    out = L.new_empty(d, d)
+    _fill_symmetric(L, out)
+    return out
+
+
+def _fill_symmetric(L: Tensor, out: Tensor) -> None:
+    d = L.shape[0]
+    if d < 2 * SYMMETRIC_BLOCK:
+        torch.mm(L, L.mT, out=out)
+        return
+    h = d // 2
+    _fill_symmetric(L[:h], out[:h, :h])
+    _fill_symmetric(L[h:], out[h:, h:])
+    torch.mm(L[h:], L[:h].mT, out=out[h:, :h])
+    out[:h, h:] = out[h:, :h].mT
+
+
+def square_sum(U: Tensor) -> Tensor:
+    """Sums of squares of the rows, (..., d, m) -> (..., d)."""
+    return U.square().sum(-1)

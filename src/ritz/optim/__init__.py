@@ -1,0 +1,20 @@
+"""Torch optimizers that precondition with structured Kronecker factors of the curvature."""
+
+from .kfac import KFAC, Eigen, Inverse
+from .settings import AdamW, DenseBelow, EarlyDense, Every, KLClip, NormClip
+from .singd import IKFAC, INGD, SINGD
+
+__all__ = [
+    "AdamW",
+    "DenseBelow",
+    "EarlyDense",
+    "Eigen",
+    "Every",
+    "IKFAC",
+    "INGD",
+    "Inverse",
+    "KFAC",
+    "KLClip",
+    "NormClip",
+    "SINGD",
+]
