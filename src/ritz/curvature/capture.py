@@ -160,7 +160,7 @@ class _Hook:
     def __reduce__(self) -> tuple:
         return _Hook, (None, [], self._role)
 
-    @torch._dynamo.disable
+    @torch._disable_dynamo  # as torch.compiler.disable, which would load the compiler with this module
     def __call__(self, *args: Any) -> None:
         capture = self._capture()
         if self._role == "leave":
@@ -188,7 +188,8 @@ class _Hook:
                 if id(weight) in by_weight:
                     capture.tap(by_weight[id(weight)], x, y, arrange, first_row)
 
-            mode = Projections(active[0].module, report)
+            attention: Any = active[0].module
+            mode = Projections(attention, report)
             mode.__enter__()
             self.modes.append(mode)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -78,7 +79,8 @@ def _sites(model: nn.Module) -> tuple[list[Site], dict[nn.Parameter, str]]:
             for w in (module.in_proj_weight, module.q_proj_weight, module.k_proj_weight, module.v_proj_weight):
                 if isinstance(w, nn.Parameter):
                     sites.append(Site(module, rule, w, module.in_proj_bias if packed else None))
-            sites.append(Site(module, rule, module.out_proj.weight, module.out_proj.bias))
+            weight: Any = module.out_proj.weight
+            sites.append(Site(module, rule, weight, module.out_proj.bias))
             continue
         if id(module) in projections:
             continue  # never called as a module

@@ -101,7 +101,8 @@ class ConvTransposeRule(ConvRule):
     def inputs(self, module: Any, x: Tensor, y: Sequence[int]) -> Tensor:
         x = _mean_over_groups(self._batched(module, x), module.groups)
         spread = x.new_zeros(*x.shape[:2], *((s - 1) * step + 1 for s, step in zip(x.shape[2:], module.stride)))
-        spread[(..., *(slice(None, None, step) for step in module.stride))] = x
+        pixels: tuple = (..., *(slice(None, None, step) for step in module.stride))
+        spread[pixels] = x
         dims = len(module.kernel_size)
         borders = []
         for axis in reversed(range(dims)):

@@ -70,10 +70,10 @@ class CurvatureOptimizer(Stateful, torch.optim.Optimizer, ABC):
         self._vectors: list[list[nn.Parameter]] = []
         self._names: dict[nn.Parameter, tuple[str, str]] = {}
         self._base, self._deferred = settings, not isinstance(settings.statistics, EmpiricalFisher)
-        self._terms = 1.0
+        self._where: dict[nn.Parameter, tuple[torch.device, torch.dtype]] = {}
         self._capture: Capture | None = None
         plans = [plan for g in groups for plan in self._plan(g)]
-        super().__init__([plan.group for plan in plans], {**defaults, "step": 0})
+        super().__init__([plan.group for plan in plans], {**defaults, "step": 0, "terms": 1.0})
         for plan in plans:
             self._enter(plan)
         self._attach()
@@ -140,6 +140,7 @@ class CurvatureOptimizer(Stateful, torch.optim.Optimizer, ABC):
         plans = self._plan(param_group)
         for plan in plans:
             plan.group.setdefault("step", max(g["step"] for g in self.param_groups))
+            plan.group.setdefault("terms", self.param_groups[0]["terms"])
             super().add_param_group(plan.group)
             self._enter(plan)
         self._attach()
@@ -210,6 +211,7 @@ class CurvatureOptimizer(Stateful, torch.optim.Optimizer, ABC):
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
+    @torch._disable_dynamo  # its branches depend on what the hooks collected; a compiled caller runs it as it is
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of all parameters that have a gradient; ``closure`` evaluates the loss again and returns it."""
@@ -224,6 +226,9 @@ class CurvatureOptimizer(Stateful, torch.optim.Optimizer, ABC):
         return loss
 
     def _step(self, scale: float | None) -> None:
+        for index, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                self.settle(p, index)
         terms = self._update_factors(scale)
         for index, (settings, group) in enumerate(zip(self._settings, self.param_groups)):
             if settings is None:
@@ -238,23 +243,27 @@ class CurvatureOptimizer(Stateful, torch.optim.Optimizer, ABC):
             group["step"] += 1
 
     def _update_factors(self, scale: float | None) -> float:
-        """Normalise, reduce and use what was collected; returns the number of loss terms (1 where nobody counted)."""
+        """Normalise, reduce and use what was collected; returns the number of loss terms (1 where nobody counted).
+
+        It is kept in the groups, so that a resumed run knows it on a step that does not count anew.
+        """
         due = [self.due(i) for i in range(len(self._settings))]
         layers = [layer for layer in self._layers if due[layer.group]]
         if not layers:
-            return self._terms
+            return self.param_groups[0]["terms"]
         statistics = normalised(self, layers, scale)
         if self._deferred and not statistics.of and self._capture is not None and self._capture.pending:
             raise OperandError(
                 f"this is an update step, and statistics={self._base.statistics} got no outputs; call "
                 "optimizer.accumulate_curvature(outputs, loss) after the forward pass"
             )
-        self._terms = statistics.terms
+        for group in self.param_groups:
+            group["terms"] = statistics.terms
         for batch in batches([layer for layer in layers if id(layer) in statistics.of], self._foreach):
             self.update(batch, [statistics.of[id(layer)] for layer in batch], self.param_groups[batch[0].group])
             for layer in batch:
                 layer.cache.clear()
-        return self._terms
+        return statistics.terms
 
     def _matrix_moves(self, index: int, group: dict[str, Any]) -> list[Move]:
         """Natural gradients of the matrices of a group."""

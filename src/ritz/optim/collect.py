@@ -56,6 +56,7 @@ class Collector:
         layer.whole &= keep
         if not (due or keep):
             return
+        optimizer.settle(layer.weight, layer.group)
         with full_precision():
             a, g = layer.rows(site, x, g, y, first_row)
             if keep and isinstance(a, Tensor) and a.dtype == g.dtype == layer.weight.dtype:
@@ -119,7 +120,7 @@ def normalised(optimizer: CurvatureOptimizer, layers: list[MatrixLayer], scale: 
         else:  # a wrapper that averages over processes makes each process's own gradients that many times too large
             factor = (sums.terms if mean else per_term) / (scale * world) ** 2
         found[id(layer)] = (sums.inputs / sums.rows, sums.outputs * factor)
-    return Normalised(found, terms or optimizer._terms)
+    return Normalised(found, terms or optimizer.param_groups[0]["terms"])
 
 
 def one_hot_counts(a: OneHot, dtype: torch.dtype) -> Tensor:

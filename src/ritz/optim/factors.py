@@ -1,4 +1,4 @@
-"""The factors of several layers at once, and K Kᵀ applied: by one product where the class contains it, else by two."""
+"""The factors of several layers at once, and K Kᵀ applied: by one product where the structure has a form, else by two."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def unstack(tensor: Tensor, count: int) -> Sequence[Tensor]:
 
 @functools.cache
 def has_square(structure: Structure) -> bool:
-    """Whether K Kᵀ is in the class, so that one product replaces two."""
+    """Whether the structure has a form of K Kᵀ, so that one product replaces two."""
     return structure.square(structure.identity(1, dtype=torch.float32), 1) is not None
 
 
@@ -35,7 +35,7 @@ def apply_square(layers: list[MatrixLayer], side: int, X: Tensor, factor_of: Fac
     structure, d = layers[0].structures[side], layers[0].sizes[side]
     if has_square(structure):
         P = stack([_square(layer, side, structure, d, factor_of) for layer in layers])
-        return structure.matmul(P, X.to(P.dtype)).to(X.dtype)
+        return structure.apply_square(P, X.to(P.dtype)).to(X.dtype)
     K = stack([factor_of(layer, side) for layer in layers])
     return structure.matmul(K, structure.rmatmul(K, X.to(K.dtype))).to(X.dtype)
 

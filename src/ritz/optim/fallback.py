@@ -16,7 +16,7 @@ def adamw_step(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
     for p in ready:
         state = optimizer.state[p]
         if "exp_avg" not in state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
     states = [optimizer.state[p] for p in ready]

@@ -15,6 +15,8 @@ from .settings import AdamW, Settings, choose, schedule
 
 # Settings that are values: a group's dictionary may have them, but the state dictionary must stay plain.
 VALUES = ("structures", "weight_sharing", "curvature_dtype", "clip", "fallback", "row_form", "sum_per_term", "rule")
+# Settings that groups cannot have.
+WHOLE = ("model", "statistics", "strict", "grad_scale", "process_group", "foreach")
 
 
 @dataclass
@@ -94,9 +96,14 @@ def _fallback(rest: list[nn.Parameter], found: dict[nn.Parameter, Found], fallba
 
 def _settings(group: dict[str, Any], base: Settings) -> Settings:
     """Take the values out of a group's dictionary; numbers stay."""
+    for name in WHOLE:
+        if name in group:
+            raise OperandError(f"a parameter group has {name}=...; expected it as an argument of the whole optimizer")
     changes = {name: group.pop(name) for name in VALUES if name in group}
     if "update_interval" in group:
         changes["update_interval"] = schedule(group.pop("update_interval"))
+    if "inverse" in group:  # KFAC's own
+        changes["rule"] = group.pop("inverse")
     if "num_loss_terms" in group:
         changes["loss_terms"] = loss_terms(group.pop("num_loss_terms"))
     if callable(group.get("lr_cov")):

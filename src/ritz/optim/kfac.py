@@ -18,10 +18,10 @@ from ..operators.structured import Dense, Diagonal, Structure
 from .base import CurvatureOptimizer
 from .collect import one_hot_counts
 from .factors import stack, unstack
-from .groups import is_mean
+from .groups import Plan, is_mean
 from .layer import MatrixLayer
 from .settings import AdamW, KLClip, NormClip, Schedule, Settings, Structures, schedule
-from .state import same_device
+from .vectors import group_of
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class KFAC(CurvatureOptimizer):
             fallback=fallback, row_form=row_form, rule=inverse,
         )  # fmt: skip
         defaults = {
-            "lr": lr, "momentum": momentum, "damping": damping, "stat_decay": stat_decay, "start": start, "updates": 0,
+            "lr": lr, "momentum": momentum, "damping": damping, "stat_decay": stat_decay, "start": start,
             "pi_damping": pi_damping, "weight_decay": weight_decay, "decoupled_weight_decay": decoupled_weight_decay,
             "mean_loss": is_mean(reduction),
         }  # fmt: skip
@@ -102,13 +102,20 @@ class KFAC(CurvatureOptimizer):
             model_or_params, defaults, settings, model=model, strict=strict, grad_scale=grad_scale,
             process_group=process_group, foreach=foreach,
         )  # fmt: skip
-        for layer in self._layers:
-            for structure in layer.structures:
-                if not isinstance(structure, (Dense, Diagonal)):
-                    raise OperandError(
-                        f"KFAC got {structure} for {layer.name}; expected Dense() or Diagonal(), which it can invert: "
-                        "use SINGD for the other structures"
-                    )
+
+    def _plan(self, group: dict[str, Any]) -> list[Plan]:
+        plans = super()._plan(group)
+        for plan in plans:
+            for found in plan.matrices:
+                assert plan.settings is not None
+                layer = MatrixLayer(found.name, found.sites, plan.bias_of(found), 0, plan.settings)
+                for structure in layer.structures:
+                    if not isinstance(structure, (Dense, Diagonal)):
+                        raise OperandError(
+                            f"KFAC got {structure} for {layer.name}; expected Dense() or Diagonal(), which it can "
+                            "invert: use SINGD for the other structures"
+                        )
+        return plans
 
     # -- factors ------------------------------------------------------------------------------------------------------
 
@@ -122,7 +129,6 @@ class KFAC(CurvatureOptimizer):
         rho = group["stat_decay"]
         for layer, found in zip(layers, statistics):
             state = self.state[layer.weight]
-            same_device(state, layer.weight.device)
             dtype = layer.settings.curvature_dtype or layer.weight.dtype
             for side, name in enumerate(("S_A", "S_B")):
                 if name not in state:
@@ -197,28 +203,35 @@ class KFAC(CurvatureOptimizer):
         self, vectors: list[nn.Parameter], gradients: list[Tensor], group: dict, terms: float, due: bool
     ) -> list[Tensor]:
         natural, rho = [], group["stat_decay"]
+        settings = self._settings[group_of(self, vectors[0])]
+        assert settings is not None
         for p, g in zip(vectors, gradients):
-            state = self.state[p]
-            same_device(state, p.device)
+            state, dtype = self.state[p], settings.curvature_dtype or p.dtype
+            wide = torch.promote_types(dtype, torch.float32)
+            g = g.to(wide)
             if due:
-                squared = terms * g.square()
-                old = state.get("S", group["start"] * torch.ones_like(p))
-                state["S"] = (rho * old + (1.0 - rho) * squared).to(p.dtype)
+                old = state["S"].to(wide) if "S" in state else group["start"] * torch.ones_like(g)
+                state["S"] = (rho * old + (1.0 - rho) * terms * g.square()).to(dtype)
                 state["updates"] = state.get("updates", 0) + 1
-            correction = 1.0 - (rho ** state["updates"] if group["start"] == 0 else 0.0)
-            natural.append(g / (state["S"] / correction + group["damping"]))
+            S: Any = 1.0  # before the first update, as for matrices
+            if "S" in state:
+                S = state["S"].to(wide) / (1.0 - (rho ** state["updates"] if group["start"] == 0 else 0.0))
+            natural.append((g / (S + group["damping"])).to(p.dtype))
         return natural
 
 
 def damped_inverse(structure: Structure, S: Tensor, d: int, damping: float) -> Tensor | None:
     """(S + λI)⁻¹ in flat storage; None where there is no Cholesky factor, in float64 either."""
     if isinstance(structure, Diagonal):
-        return 1.0 / (S + damping)
+        inverse = 1.0 / (S + damping)
+        return inverse if bool(torch.isfinite(inverse).all()) else None
     M = structure.to_dense(S, d)
     M = 0.5 * (M + M.mT) + damping * torch.eye(d, dtype=S.dtype, device=S.device)
     for dtype in dict.fromkeys((S.dtype, torch.float64)):
         factor, info = torch.linalg.cholesky_ex(M.to(dtype))
-        if not bool(info) and bool(torch.isfinite(factor).all()):
+        # A pivot that is rounding error of its diagonal entry may have either sign: that the root exists says nothing.
+        pivots = factor.diagonal().square() > d * torch.finfo(dtype).eps * M.diagonal()
+        if not bool(info) and bool(torch.isfinite(factor).all() & pivots.all()):
             return torch.cholesky_inverse(factor).to(S.dtype).flatten()
     return None
 

@@ -54,9 +54,13 @@ def describe(optimizer: CurvatureOptimizer) -> Report:
         for p in group["params"] if settings is None else optimizer._vectors[index]:
             name, rule = optimizer._names[p]
             size = p.numel() * p.element_size()
-            copies = 2 if settings is None else optimizer.vector_copies(group) + bool(group["momentum"])
+            if settings is None:
+                size = 2 * size + 4  # and the step counter
+            else:
+                factor = optimizer.vector_copies(group) * (settings.curvature_dtype or p.dtype).itemsize
+                size = p.numel() * factor + size * bool(group["momentum"])
             shape = " × ".join(str(s) for s in p.shape) or "scalar"
-            rows.append(Row(name, rule, "—", shape, copies * size))
+            rows.append(Row(name, rule, "—", shape, size))
     return Report(tuple(rows))
 
 

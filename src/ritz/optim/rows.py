@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .base import CurvatureOptimizer
 
 TOLERANCE = 64  # in units of the gradient's rounding error
+MOVED = 32  # multiplications that a processor makes while a structured product reads and writes one entry of its block
 
 
 def keeps_rows(optimizer: CurvatureOptimizer, layer: MatrixLayer, m: int) -> bool:
@@ -36,12 +37,14 @@ def keeps_rows(optimizer: CurvatureOptimizer, layer: MatrixLayer, m: int) -> boo
 
 
 def _cheaper(optimizer: CurvatureOptimizer, layer: MatrixLayer, m: int) -> bool:
-    """Multiplications of both forms; the row form must also pay for the check and the last product's memory traffic."""
+    """Whether the row form is faster: multiplications, and entries that go through memory, of both forms."""
     d_in, d_out = layer.sizes
     m += sum(a.shape[0] for a, _ in layer.kept)
-    rows = optimizer.apply_cost(layer, 0, m) + optimizer.apply_cost(layer, 1, m) + m * d_in * d_out
-    whole = optimizer.apply_cost(layer, 0, d_out) + optimizer.apply_cost(layer, 1, d_in)
-    return rows < 0.8 * whole
+    rows, whole = (m + MOVED) * d_in * d_out, 0.0
+    for side, d in enumerate(layer.sizes):
+        rows += optimizer.apply_cost(layer, side, m) + MOVED * d * m
+        whole += optimizer.apply_cost(layer, side, d_in * d_out // d) + MOVED * d_in * d_out
+    return rows < whole
 
 
 def from_rows(optimizer: CurvatureOptimizer, layer: MatrixLayer, G: Tensor) -> Tensor | None:

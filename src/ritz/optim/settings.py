@@ -131,6 +131,12 @@ Choice = Structure | Callable[[int], Structure]
 Structures = Choice | tuple[Choice, Choice]
 
 
+def _of_size(choice: Any, d: int) -> Any:
+    # A class of structures is callable too, and no rule.
+    by_size = callable(choice) and not isinstance(choice, (Structure, type))
+    return choice(d) if by_size else choice
+
+
 def choose(structures: Structures, d_in: int, d_out: int) -> tuple[Structure, Structure]:
     """The structures of the input factor and the output factor of a layer."""
     pair = structures if isinstance(structures, (tuple, list)) else (structures, structures)
@@ -139,7 +145,7 @@ def choose(structures: Structures, d_in: int, d_out: int) -> tuple[Structure, St
             f"structures has {len(pair)} entries; expected one structure for both factors, or a pair "
             "(input factor, output factor)"
         )
-    chosen = tuple(c if isinstance(c, Structure) else c(d) if callable(c) else c for c, d in zip(pair, (d_in, d_out)))
+    chosen = tuple(_of_size(c, d) for c, d in zip(pair, (d_in, d_out)))
     for c in chosen:
         if not isinstance(c, Structure):
             raise OperandError(

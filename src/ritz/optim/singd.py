@@ -22,8 +22,7 @@ from .factors import apply_square, has_square, stack, unstack
 from .groups import is_mean
 from .layer import MatrixLayer
 from .settings import AdamW, DenseBelow, KLClip, NormClip, Schedule, Settings, Structures, schedule
-from .state import same_device
-from .vectors import factor_step
+from .vectors import factor_step, group_of
 
 
 class SINGD(CurvatureOptimizer):
@@ -137,8 +136,6 @@ class SINGD(CurvatureOptimizer):
             state[name] = layer.structures[side].identity(d, dtype=dtype, device=layer.weight.device)
             if self.param_groups[layer.group]["riemannian_momentum"]:
                 state["m_" + name] = torch.zeros_like(state[name])
-        if state[name].device != layer.weight.device:
-            same_device(state, layer.weight.device)
         return state[name]
 
     def whiten(self, layer: MatrixLayer, side: int, rows: Tensor | OneHot) -> Tensor:
@@ -148,9 +145,7 @@ class SINGD(CurvatureOptimizer):
         return structure.outer(structure.rmatmul(K, rows.to(K.dtype).mT))
 
     def update(self, layers: list[MatrixLayer], statistics: list[tuple[Tensor, Tensor]], group: dict) -> None:
-        rate = layers[0].settings.lr_cov
-        if rate is not None:
-            group["lr_cov"] = float(rate(group["step"]))
+        set_rate(layers[0].settings, group)
         S, d = layers[0].structures, layers[0].sizes
         stored = [stack([self._factor(layer, side) for layer in layers]) for side in (0, 1)]
         wide = torch.promote_types(stored[0].dtype, torch.float32)  # rounded once, when they are stored again
@@ -192,7 +187,11 @@ class SINGD(CurvatureOptimizer):
     def vector_step(
         self, vectors: list[nn.Parameter], gradients: list[Tensor], group: dict, terms: float, due: bool
     ) -> list[Tensor]:
-        return factor_step(self, vectors, gradients, group, terms, due)
+        settings = self._settings[group_of(self, vectors[0])]
+        assert settings is not None
+        if due:
+            set_rate(settings, group)
+        return factor_step(self, vectors, gradients, group, settings.curvature_dtype, terms, due)
 
     def factor_bytes(self, layer: MatrixLayer) -> int:
         copies = 2 if self.param_groups[layer.group]["riemannian_momentum"] else 1
@@ -201,6 +200,12 @@ class SINGD(CurvatureOptimizer):
 
     def vector_copies(self, group: dict) -> int:
         return 2 if group["riemannian_momentum"] else 1
+
+
+def set_rate(settings: Settings, group: dict) -> None:
+    """This step's lr_cov, where it is a callable."""
+    if settings.lr_cov is not None:
+        group["lr_cov"] = float(settings.lr_cov(group["step"]))
 
 
 def multiplicative_step(structure: Structure, K: Tensor, m: Tensor, d: int, group: dict) -> Tensor:

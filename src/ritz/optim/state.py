@@ -6,7 +6,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .base import CurvatureOptimizer
@@ -33,6 +33,18 @@ class Stateful:
         self._forget()
         self._scale.step = self.param_groups[0]["step"]
 
+    def settle(self: CurvatureOptimizer, p: nn.Parameter, group: int) -> None:  # type: ignore[misc]
+        """Let a parameter's state follow where the model was moved or cast; costs a comparison where it was not."""
+        where = (p.device, p.dtype)
+        if self._where.setdefault(p, where) == where:
+            return
+        self._where[p] = where
+        settings = self._settings[group]
+        moved(self.state[p], p, settings.curvature_dtype if settings is not None else None)
+        for layer in self._layers:
+            if layer.weight is p:
+                layer.cache.clear()
+
     def __deepcopy__(self: CurvatureOptimizer, memo: dict[int, Any]) -> CurvatureOptimizer:  # type: ignore[misc]
         new = object.__new__(type(self))
         memo[id(self)] = new
@@ -52,8 +64,12 @@ class Stateful:
         )
 
 
-def same_device(state: dict[str, Any], device: torch.device) -> None:
-    """Move a parameter's state after the parameter was moved (``model.to(device)`` keeps the parameter object)."""
+IN_THE_DTYPE_OF_THE_PARAMETER = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+
+
+def moved(state: dict[str, Any], p: Tensor, curvature_dtype: torch.dtype | None) -> None:
+    """Take a parameter's state along after ``model.to(...)``, which keeps the parameter object."""
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.device != device and key != "step":
-            state[key] = value.to(device)
+        if isinstance(value, Tensor) and key != "step":
+            own = curvature_dtype is None or key in IN_THE_DTYPE_OF_THE_PARAMETER
+            state[key] = value.to(p.device, p.dtype if own else curvature_dtype)

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .state import same_device
-
 if TYPE_CHECKING:
     from .base import CurvatureOptimizer
 
@@ -22,6 +20,7 @@ def factor_step(
     vectors: list[nn.Parameter],
     gradients: list[Tensor],
     group: dict,
+    dtype: torch.dtype | None,
     terms: float,
     due: bool,
 ) -> list[Tensor]:
@@ -30,12 +29,9 @@ def factor_step(
     for p, g in zip(vectors, gradients):
         state = optimizer.state[p]
         if "K" not in state:
-            dtype = optimizer._settings[group_of(optimizer, p)].curvature_dtype or p.dtype  # type: ignore[union-attr]
-            state["K"] = torch.ones_like(p, dtype=dtype)
+            state["K"] = torch.ones_like(p, dtype=dtype or p.dtype)
             if group["riemannian_momentum"]:
                 state["m_K"] = torch.zeros_like(state["K"])
-        if state["K"].device != p.device:
-            same_device(state, p.device)
         if due:
             _update(state, g, group, terms)
         natural.append((state["K"].square() * g).to(p.dtype))

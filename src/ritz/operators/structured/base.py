@@ -140,9 +140,16 @@ class Structure(ABC):
         return result
 
     def square(self, flat: Tensor, d: int) -> Tensor | None:
-        """K Kᵀ in the class, (..., p); None where the class is not closed under transposition."""
+        """K Kᵀ in a form that :meth:`apply_square` takes, (..., q); None where two products are as good as any.
+
+        In flat storage where the class contains K Kᵀ (it is closed under transposition), else in a form of its own.
+        """
         self._check_flat(flat, d)
         return self._square(flat, d)
+
+    def apply_square(self, square: Tensor, X: Tensor) -> Tensor:
+        """K Kᵀ X for X (..., d, m), from what :meth:`square` returned."""
+        return self.matmul(square, X)
 
     # -- numbers --------------------------------------------------------------------------------------------------
 

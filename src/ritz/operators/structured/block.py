@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import Structure, check_whole
-from .products import as_matrix, empty_product, product, writable
+from .products import as_matrix, empty_product, pieces, product, writable
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class BlockDiagonal(Structure):
         """The full blocks (..., d // size, size, size), and the last one (..., rest, rest)."""
         full, rest = self._full(d)
         s = self.size
-        head, tail = flat.split([full * s, rest * rest], -1)
+        head, tail = pieces(flat, full * s, rest * rest)
         return head.reshape(head.shape[:-1] + (full // s, s, s)), as_matrix(tail, rest, rest)
 
     def _rows(self, X: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,8 +82,8 @@ class BlockDiagonal(Structure):
 
     def _to_dense(self, flat: Tensor, d: int) -> Tensor:
         M = flat.new_zeros(flat.shape[:-1] + (d, d))
-        for place, value in zip(self._on_diagonal(M), self._blocks(flat, d), strict=True):
-            place.copy_(value)
+        for i, value in enumerate(self._blocks(flat, d)):
+            self._on_diagonal(M)[i].copy_(value)  # a view anew: autograd refuses one that is older than M's graph
         return M
 
     def _double_(self, flat: Tensor, d: int) -> None:

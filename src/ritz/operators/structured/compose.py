@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import OperandError
 from .base import Structure, check_flag
-from .products import add_product_, as_matrix, empty_product, writable
+from .products import add_product_, as_matrix, empty_product, pieces, writable
 
 
 class _TwoBlocks(Structure):
@@ -59,7 +59,7 @@ class _TwoBlocks(Structure):
         """Storage of S₁, the matrix B, storage of S₂; views."""
         d1, d2 = self._sizes(d)
         rows, columns = self._shape(d)
-        a, B, b = flat.split([self.first.numel(d1), rows * columns, self.second.numel(d2)], -1)
+        a, B, b = pieces(flat, self.first.numel(d1), rows * columns, self.second.numel(d2))
         return a, as_matrix(B, rows, columns), b
 
     def numel(self, d: int) -> int:

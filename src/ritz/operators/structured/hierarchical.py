@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...errors import OperandError
 from .base import Structure, check_whole
-from .products import add_product_, as_matrix, empty_product, product, square_sum, writable
+from .products import add_product_, add_scaled_, as_matrix, empty_product, pieces, product, square_sum, writable
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Hierarchical(Structure):
     """[[A, B₁, B₂], [0, diag c, 0], [0, D, E]] with A top×top and E bottom×bottom.
 
     Stored as the dense rows T = [A B₁ B₂] (top, d), then c, then the dense rows W = [D E] (bottom, d − top), so that
-    K X is one product with T, one with W and one elementwise pass. A small d fills A first, then E, then c.
+    K X is one product with these rows and one elementwise pass. A small d fills A first, then E, then c.
     K Kᵀ and its inverse are diagonal plus low rank, and couple all coordinates.
     Π doubles B₁, B₂ and D.
 
@@ -57,12 +57,19 @@ class Hierarchical(Structure):
     def _parts(self, flat: Tensor, d: int) -> tuple[Tensor, Tensor, Tensor]:
         """T (..., top, d), c (..., middle) and W (..., bottom, d − top); views."""
         t, p, b = self._sizes(d)
-        T, c, W = flat.split([t * d, p, b * (p + b)], -1)
+        T, c, W = pieces(flat, t * d, p, b * (p + b))
         return as_matrix(T, t, d), c, as_matrix(W, b, p + b)
 
     @staticmethod
     def _pack(T: Tensor, c: Tensor, W: Tensor) -> Tensor:
         return torch.cat([T.flatten(-2), c, W.flatten(-2)], -1)
+
+    @staticmethod
+    def _dense_rows(T: Tensor, W: Tensor) -> Tensor:
+        """Dense rows of the matrix, (..., top + bottom, d): one product with these is faster than two with T and W."""
+        if W.shape[-2] == 0:
+            return T
+        return torch.cat([T, torch.nn.functional.pad(W, (T.shape[-2], 0))], -2)
 
     def numel(self, d: int) -> int:
         t, p, b = self._sizes(d)
@@ -99,23 +106,20 @@ class Hierarchical(Structure):
 
     def _apply(self, flat: Tensor, X: Tensor, transposed: bool, out: Tensor | None = None) -> Tensor:
         d = X.shape[-2]
-        t, p, b = self._sizes(d)
+        t, p, _ = self._sizes(d)
         T, c, W = self._parts(flat, d)
-        c, middle = c.unsqueeze(-1), X[..., t : t + p, :]
+        rows, c, middle = self._dense_rows(T, W), c.unsqueeze(-1), X[..., t : t + p, :]
+        if out is None and writable(flat, X):
+            out = empty_product(flat, X)
         if transposed:
-            Y = product(T.mT, X[..., :t, :], out)
-            if p:
-                Y[..., t : t + p, :].addcmul_(c, middle)
-            if b:
-                add_product_(Y[..., t:, :], W.mT, X[..., t + p :, :])
+            Y = product(rows.mT, torch.cat([X[..., :t, :], X[..., t + p :, :]], -2), out)
+            add_scaled_(Y[..., t : t + p, :], c, middle)
             return Y
-        if not writable(flat, X):
-            return torch.cat([T @ X, c * middle, W @ X[..., t:, :]], -2)
-        out = empty_product(flat, X) if out is None else out
-        product(T, X, out[..., :t, :])
+        Z = rows @ X
+        if out is None:
+            return torch.cat([Z[..., :t, :], c * middle, Z[..., t:, :]], -2)
+        out[..., :t, :], out[..., t + p :, :] = Z[..., :t, :], Z[..., t:, :]
         torch.mul(c, middle, out=out[..., t : t + p, :])
-        if b:
-            product(W, X[..., t:, :], out[..., t + p :, :])
         return out
 
     def _multiply(self, left: Tensor, right: Tensor, d: int) -> Tensor:
@@ -125,9 +129,9 @@ class Hierarchical(Structure):
         scale = c2.unsqueeze(-2)
         new_T = T[..., :t] @ T2  # A [A' B₁' B₂'] + [0, B₁ diag c', 0] + B₂ [0, D', E']
         add_product_(new_T[..., t:], T[..., t + p :], W2)
-        new_T[..., t : t + p].addcmul_(T[..., t : t + p], scale)
+        add_scaled_(new_T[..., t : t + p], T[..., t : t + p], scale)
         new_W = W[..., p:] @ W2  # E [D' E'] + [D diag c', 0]
-        new_W[..., :p].addcmul_(W[..., :p], scale)
+        add_scaled_(new_W[..., :p], W[..., :p], scale)
         return self._pack(new_T, c * c2, new_W)
 
     def _gram(self, flat: Tensor, d: int) -> Tensor:
@@ -140,8 +144,35 @@ class Hierarchical(Structure):
 
     def _outer(self, U: Tensor) -> Tensor:
         t, p, _ = self._sizes(U.shape[-2])
-        middle = square_sum(U[..., t : t + p, :])
-        return self._pack(U[..., :t, :] @ U.mT, middle, U[..., t + p :, :] @ U[..., t:, :].mT)
+        rows = torch.cat([U[..., :t, :], U[..., t + p :, :]], -2) @ U.mT
+        return self._pack(rows[..., :t, :], square_sum(U[..., t : t + p, :]), rows[..., t:, t:])
+
+    def _square(self, flat: Tensor, d: int) -> Tensor | None:
+        """K Kᵀ is an arrow: diag(c²) in the middle, dense rows R first and last, and their mirror image; R, then c²."""
+        t, p, b = self._sizes(d)
+        T, c, W = self._parts(flat, d)
+        rows = self._dense_rows(T, W)
+        border = rows[..., :t], rows[..., t : t + p], rows[..., t + p :]
+        left = border[0] @ T[..., :t].mT + border[1] @ T[..., t : t + p].mT + border[2] @ T[..., t + p :].mT
+        middle = border[1] * c.unsqueeze(-2)
+        right = border[1] @ W[..., :p].mT + border[2] @ W[..., p:].mT
+        return torch.cat([torch.cat([left, middle, right], -1).flatten(-2), c.square()], -1)
+
+    def apply_square(self, square: Tensor, X: Tensor) -> Tensor:
+        d = X.shape[-2]
+        t, p, b = self._sizes(d)
+        R, c2 = square.split([(t + b) * d, p], -1)
+        R, c2 = as_matrix(R, t + b, d), c2.unsqueeze(-1)
+        border, middle = R @ X, X[..., t : t + p, :]
+        outer = torch.cat([X[..., :t, :], X[..., t + p :, :]], -2)
+        if not writable(square, X):
+            inner = c2 * middle + R[..., t : t + p].mT @ outer
+            return torch.cat([border[..., :t, :], inner, border[..., t:, :]], -2)
+        out = empty_product(square, X)
+        out[..., :t, :], out[..., t + p :, :] = border[..., :t, :], border[..., t:, :]
+        inner = product(R[..., t : t + p].mT, outer, out[..., t : t + p, :])
+        inner.addcmul_(c2, middle)
+        return out
 
     def _diagonal(self, flat: Tensor, d: int) -> Tensor:
         t, p, _ = self._sizes(d)

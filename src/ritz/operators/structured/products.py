@@ -10,6 +10,11 @@ from ...numerics import has_tangent, in_transform
 SYMMETRIC_BLOCK = 256  # below this size one product is faster than three smaller ones and a transposed copy
 
 
+def _transformed() -> bool:
+    """Whether a function transform is active; torch.vmap has no rule for fused multiplication and addition."""
+    return not torch.compiler.is_compiling() and in_transform()
+
+
 def writable(*tensors: Tensor) -> bool:
     """Whether a result may be written into memory made beforehand: nothing is recorded, traced or transformed."""
     if torch.compiler.is_compiling() or in_transform() or has_tangent(*tensors):
@@ -33,6 +38,12 @@ def by_columns(X: Tensor) -> bool:
     return X.ndim == 2 and X.stride(0) == 1 and X.stride(1) > 1
 
 
+def pieces(flat: Tensor, *sizes: int) -> list[Tensor]:
+    """Consecutive pieces of the last axis as views of their own: those of ``split`` must not be changed in place."""
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [flat.narrow(-1, start, size) for start, size in zip(starts, sizes, strict=True)]
+
+
 def as_matrix(flat: Tensor, rows: int, columns: int) -> Tensor:
     """The last axis as a (rows, columns) matrix; a view, because that axis is contiguous in everything stored."""
     return flat.reshape(flat.shape[:-1] + (rows, columns))
@@ -53,6 +64,8 @@ def product(A: Tensor, X: Tensor, out: Tensor | None = None) -> Tensor:
 
 def add_product_(Y: Tensor, A: Tensor, X: Tensor) -> Tensor:
     """Y + A X in place; Y is memory of our own."""
+    if _transformed():
+        return Y.add_(A @ X)
     if Y.ndim == 2 and A.ndim == 2 and X.ndim == 2:
         return Y.addmm_(A, X)
     if Y.ndim == 3 and A.ndim == 3 and X.ndim == 3 and Y.shape[0] == A.shape[0] == X.shape[0]:
@@ -60,14 +73,19 @@ def add_product_(Y: Tensor, A: Tensor, X: Tensor) -> Tensor:
     return Y.add_(A @ X)
 
 
+def add_scaled_(Y: Tensor, a: Tensor, B: Tensor) -> Tensor:
+    """Y + a B in place, entry by entry; Y is memory of our own."""
+    return Y.add_(a * B) if _transformed() else Y.addcmul_(a, B)
+
+
 def symmetric_product(L: Tensor) -> Tensor:
-    """L Lᵀ, (..., d, m) -> (..., d, d), exactly symmetric where it is computed by blocks.
+    """L Lᵀ, (..., d, m) -> (..., d, d).
 
     A large product is computed in its lower blocks and mirrored, recursively: for d = 4 SYMMETRIC_BLOCK that saves
-    three eighths of the multiplications.
+    three eighths of the multiplications. With few columns the mirror image costs more time than that saves.
     """
-    d = L.shape[-2]
-    if L.ndim != 2 or d < 2 * SYMMETRIC_BLOCK or L.device.type != "cpu" or not writable(L):
+    d, m = L.shape[-2:]
+    if L.ndim != 2 or d < 2 * SYMMETRIC_BLOCK or 2 * m < d or L.device.type != "cpu" or not writable(L):
         return L @ L.mT
     out = L.new_empty(d, d)
     _fill_symmetric(L, out)
@@ -88,4 +106,6 @@ def _fill_symmetric(L: Tensor, out: Tensor) -> None:
 
 def square_sum(U: Tensor) -> Tensor:
     """Sums of squares of the rows, (..., d, m) -> (..., d)."""
+    if U.dtype == torch.float32 and U.stride(-1) == 1 and writable(U):
+        return torch.linalg.vector_norm(U, dim=-1).square_()  # one pass over contiguous rows, without a temporary
     return U.square().sum(-1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import Structure, check_flag, check_whole
-from .products import as_matrix, empty_product, product, square_sum, writable
+from .products import add_scaled_, as_matrix, empty_product, pieces, product, square_sum, writable
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class RankTriangular(Structure):
     def _parts(self, flat: Tensor, d: int) -> tuple[Tensor, Tensor]:
         """The strip (..., k, d) or (..., d, k), and c (..., d − k); views."""
         k = min(self.rank, d)
-        S, c = flat.split([k * d, d - k], -1)
+        S, c = pieces(flat, k * d, d - k)
         return (as_matrix(S, k, d) if self.rows else as_matrix(S, d, k)), c
 
     @staticmethod
@@ -111,7 +111,7 @@ class RankTriangular(Structure):
             S = S.mT
         if self.rows == transposed:  # the strip, as it acts here, consists of columns
             Y = product(S, X[..., a, :], out)
-            Y[..., r, :].addcmul_(c, rest)
+            add_scaled_(Y[..., r, :], c, rest)
             return Y
         if not writable(flat, X):
             parts = [S @ X, c * rest]
@@ -127,10 +127,10 @@ class RankTriangular(Structure):
         S2, c2 = self._parts(right, d)
         if self.rows:  # the dense rows of K, times M: A [A' B'] + [0, B diag c']
             new = S[..., :, a] @ S2
-            new[..., :, r].addcmul_(S[..., :, r], c2.unsqueeze(-2))
+            add_scaled_(new[..., :, r], S[..., :, r], c2.unsqueeze(-2))
         else:  # K times the dense columns of M: [A; B] A' + [0; diag c B']
             new = S @ S2[..., a, :]
-            new[..., r, :].addcmul_(c.unsqueeze(-1), S2[..., r, :])
+            add_scaled_(new[..., r, :], c.unsqueeze(-1), S2[..., r, :])
         return self._pack(new, c * c2)
 
     def _gram(self, flat: Tensor, d: int) -> Tensor:

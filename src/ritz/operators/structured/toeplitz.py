@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,12 +14,13 @@ from ..toeplitz import _fast_length, _wide
 from .base import Structure
 from .products import product
 
-MATRIX_SIZE = 512  # up to here a product with the d×d matrix is faster than transforms, given enough columns
+MATRIX_SIZE = 384  # up to here a product with the d×d matrix is faster than transforms, given enough columns
+CHUNK = 2**17  # numbers that are transformed at a time on a CPU: the spectra stay in its cache
 
 
 def forms_matrix(d: int, m: int) -> bool:
     """Whether K X for X (d, m) is computed by forming the d×d matrix: d is small, and the columns pay for it."""
-    return d <= MATRIX_SIZE and 4 * m >= d
+    return d <= MATRIX_SIZE and 16 * m >= d
 
 
 class _Toeplitz(Structure):
@@ -46,10 +48,10 @@ class _Toeplitz(Structure):
 
     def _from_dense(self, M: Tensor) -> Tensor:
         d = M.shape[-1]
-        # Diagonals become columns: rows bottom to top, each 2d wide, read as rows that are one number shorter.
-        skew = torch.cat([M.flip(-2), torch.zeros_like(M)], -1).flatten(-2)
-        sums = _wide(skew[..., : d * (2 * d - 1)]).reshape(M.shape[:-2] + (d, 2 * d - 1)).sum(-2)
-        sums = sums[..., d - 1 :] if self._upper else sums[..., :d].flip(-1)
+        # Diagonals become columns: rows 2d wide, read as rows that are one number longer; column d − 1 is the main one.
+        padded = torch.nn.functional.pad(_wide(M), (d - 1, 1, 0, 1)).flatten(-2)
+        sums = padded[..., : d * (2 * d + 1)].unflatten(-1, (d, 2 * d + 1)).sum(-2)
+        sums = sums[..., d - 1 : 2 * d - 1] if self._upper else sums[..., :d].flip(-1)
         return self._mean(sums, M.dtype)
 
     def _double_(self, flat: Tensor, d: int) -> None:
@@ -66,8 +68,15 @@ class _Toeplitz(Structure):
         symbol = torch.fft.rfft(_wide(flat), n=n).unsqueeze(-1)
         if transposed != self._upper:
             symbol = symbol.conj()
-        Y = torch.fft.irfft(symbol * torch.fft.rfft(_wide(X), n=n, dim=-2), n=n, dim=-2)[..., :d, :].to(X.dtype)
-        return Y if out is None else out.copy_(Y)
+        parts = (
+            torch.fft.irfft(symbol * torch.fft.rfft(_wide(x), n=n, dim=-2), n=n, dim=-2)[..., :d, :].to(X.dtype)
+            for x in _chunks(X, n)
+        )
+        if out is None:
+            return torch.cat(list(parts), -1)
+        for place, part in zip(_chunks(out, n), parts, strict=True):
+            place.copy_(part)
+        return out
 
     def _multiply(self, left: Tensor, right: Tensor, d: int) -> Tensor:
         n = _fast_length(2 * d - 1)
@@ -86,9 +95,9 @@ class _Toeplitz(Structure):
             return self._from_dense(U @ U.mT)
         # Sum of the j-th diagonal of U Uᵀ: autocorrelations of the columns, added up.
         n = _fast_length(2 * d - 1)
-        power = torch.view_as_real(torch.fft.rfft(_wide(U), n=n, dim=-2)).square().sum((-2, -1))
-        power = _widest(power)
-        return self._mean(torch.fft.irfft(torch.complex(power, torch.zeros_like(power)), n=n)[..., :d], U.dtype)
+        spectra = (torch.view_as_real(torch.fft.rfft(_wide(u), n=n, dim=-2)) for u in _chunks(U, n))
+        power = torch.stack([s.square().sum((-2, -1)) for s in spectra]).sum(0)
+        return self._mean(torch.fft.irfft(_widest(power), n=n)[..., :d], U.dtype)
 
     @staticmethod
     def _mean(sums: Tensor, dtype: torch.dtype) -> Tensor:
@@ -108,6 +117,11 @@ class _Toeplitz(Structure):
     def apply_cost(self, d: int, width: int) -> float:
         # A multiplication within a transform takes several times as long as one within a matrix product.
         return float(d * min(d, 16 * math.log2(2 * d)) * width)
+
+
+def _chunks(X: Tensor, n: int) -> Sequence[Tensor]:
+    """The columns of X in blocks whose transforms of length n fit into a cache; all at once on other devices."""
+    return X.split(max(8, CHUNK // n), -1) if X.device.type == "cpu" else (X,)
 
 
 def _widest(x: Tensor) -> Tensor:

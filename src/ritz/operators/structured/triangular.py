@@ -52,13 +52,11 @@ class _Triangular(Structure):
 
     def _pack(self, N11: Tensor, N21: Tensor, N22: Tensor) -> Tensor:
         """Storage of the lower triangle of [[N₁₁, ·], [N₂₁, N₂₂]]; what lies above the diagonal is ignored."""
-        d = N11.shape[-1] + N22.shape[-1]
-        flat = N11.new_zeros(N11.shape[:-2] + (self.numel(d),))
-        first, below, last = self._places(flat, d)
-        first.copy_(N11.tril())
-        below.copy_(N21)
-        last.add_(N22.mT.triu())  # shares memory with the free triangle above L₁₁
-        return flat
+        h, k = N11.shape[-1], N22.shape[-1]
+        rows = [N11.tril(), N21] if h > k else [torch.zeros_like(N11[..., :1, :]), N11.tril(), N21]
+        R = torch.cat(rows, -2)
+        R[..., :k, h - k :].add_(N22.mT.triu())  # into the free triangle above L₁₁
+        return R.flatten(-2)
 
     def _diagonals(self, flat: Tensor, d: int) -> tuple[Tensor, Tensor]:
         first, _, last = self._places(flat, d)
@@ -69,11 +67,10 @@ class _Triangular(Structure):
         return self._pack(L[..., :h, :h], L[..., h:, :h], L[..., h:, h:])
 
     def _to_dense(self, flat: Tensor, d: int) -> Tensor:
-        h = (d + 1) // 2
-        M = flat.new_zeros(flat.shape[:-1] + (d, d))
-        L = M.mT if self._upper else M
-        L[..., :h, :h], L[..., h:, :h], L[..., h:, h:] = self._blocks(flat, d)
-        return M
+        L11, L21, L22 = self._blocks(flat, d)
+        top = torch.cat([L11, torch.zeros_like(L21.mT)], -1)
+        L = torch.cat([top, torch.cat([L21, L22], -1)], -2)
+        return L.mT if self._upper else L
 
     def _double_(self, flat: Tensor, d: int) -> None:
         flat.mul_(2)
