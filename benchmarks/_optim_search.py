@@ -196,7 +196,7 @@ def train(job: dict) -> dict:
     from _optim_tasks import evaluate, make
 
     torch.set_num_threads(1)
-    began = time.monotonic()
+    began, cpu = time.monotonic(), 0.0
     steps = job["steps"]
     task = make(job["task"], job["data"], job["seed"], getattr(torch, job["dtype"]), job["quick"])
     optimizers = build(job["family"], job["structures"], task, job["settings"])
@@ -210,7 +210,7 @@ def train(job: dict) -> dict:
     for step in range(steps):
         batch = next(stream)
         factor = 0.5 * (1 + math.cos(math.pi * step / steps))  # for everybody
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         for group, lr in groups:
             group["lr"] = lr * factor
         for optimizer in optimizers:
@@ -227,6 +227,7 @@ def train(job: dict) -> dict:
             break
         value = loss.item()
         ends.append((ends[-1] if ends else 0.0) + time.perf_counter() - start)
+        cpu += time.process_time() - busy
         if not math.isfinite(value):
             out["lost_at"] = step
             break
@@ -242,7 +243,9 @@ def train(job: dict) -> dict:
     if not done and "cut_at" not in out:
         out.setdefault("lost_at", steps)  # at the latest, in the last update
     out["final_loss"] = float(np.mean(curve[-window(len(curve)) :])) if done else None
-    out["step_s"], out["mean_step_s"] = rounded([np.median(np.diff([0.0, *ends])), ends[-1] / len(ends)])
+    done_steps = max(len(ends), 1)
+    out["step_s"] = float(f"{np.median(np.diff([0.0, *ends])) if ends else 0.0:.6g}")
+    out["mean_step_s"], out["mean_step_cpu_s"] = rounded([(ends[-1] if ends else 0.0) / done_steps, cpu / done_steps])
     seen: set[int] = set()
     out["state_bytes"] = sum(
         tensor_bytes(v, seen) for o in optimizers for k, v in o.state_dict().items() if k != "param_groups"

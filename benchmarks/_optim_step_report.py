@@ -17,12 +17,12 @@ STRUCTURES: dict[str, Callable[[int], int]] = {  # stored numbers of a d x d fac
     "toeplitz": lambda d: d,
 }
 BARS = [  # model, structure, form, limit: T = 10, CPU time over AdamW foreach
-    ("mlp", "dense", "rows", 3.0),
+    ("mlp", "dense", "auto", 3.0),
     ("mlp", "dense", "plain", 5.0),
     ("mlp", "diagonal", "auto", 0.95),
-    ("mlp", "hierarchical", "rows", 1.3),
+    ("mlp", "hierarchical", "auto", 1.3),
     ("mlp", "hierarchical", "plain", 1.7),
-    ("mlp", "toeplitz", "rows", 1.8),
+    ("mlp", "toeplitz", "auto", 1.8),
     ("mlp", "toeplitz", "plain", 5.5),
     ("transformer", "dense", "auto", 1.35),
 ]

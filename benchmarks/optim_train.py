@@ -24,9 +24,11 @@ import _common
 from _common import ROOT
 from _optim_search import BASE, CONTESTANTS, RANGES, VARIANTS, draws, settings, train, tuned
 
-SECTIONS = ("race", "bf16", "ablation")
+SECTIONS = ("race", "short", "bf16", "ablation")
+SHORT = 0.6  # of the steps, under a schedule that ends there
 BF16 = ("SINGD dense", "SINGD hierarchical", "KFAC")
 ABLATED = ("mlp", "char")
+QUICK_STEPS = 5
 SEARCH_SEED = 1000  # of the model and the batches of every trial; the final runs have seeds 0, 1, 2
 RECORDED = ("trials", "seeds", "scale", "bf16_steps", "search_seed", "quick")  # a resumed run must have the same
 
@@ -41,7 +43,7 @@ def arguments() -> argparse.Namespace:
         help=f"sections ({', '.join(SECTIONS)}), tasks and contestants to run; words of different kinds narrow down. "
         "'SINGD Toeplitz' and 'IKFAC' run only when they are named",
     )
-    parser.add_argument("--quick", action="store_true", help="a smoke test: a dozen steps a run")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: a few steps a run")
     parser.add_argument("--trials", type=int, default=6, help="settings tried per optimizer and task")
     parser.add_argument("--seeds", type=int, default=3, help="final runs of the best settings")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the number of steps of every task")
@@ -65,7 +67,7 @@ def arguments() -> argparse.Namespace:
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}; expected at least 1")
     if options.quick:
-        options.trials, options.seeds, options.bf16_steps = 2, 2, 12
+        options.trials, options.seeds, options.bf16_steps = 2, 1, QUICK_STEPS
         options.name = options.name or "optim-train-cpu-quick"
     return options
 
@@ -106,8 +108,9 @@ class Plan:
         options, contestant = self.options, CONTESTANTS[name]
         tags = {"trial": None, "variant": None, "dtype": "float32"} | tags
         job = {"section": section, "task": task, "contestant": name, "seed": seed, "settings": chosen, **tags}
-        steps = options.bf16_steps if section == "bf16" else self.tasks[task]["steps"]
-        job |= {"family": contestant.family, "structures": contestant.structures, "steps": steps}
+        steps = {"bf16": options.bf16_steps, "short": round(SHORT * self.tasks[task]["steps"])}
+        job |= {"family": contestant.family, "structures": contestant.structures}
+        job["steps"] = steps.get(section, self.tasks[task]["steps"])
         return job | {"data": options.data, "quick": options.quick, "limit": options.limit}
 
     def search(self, task: str, name: str) -> Iterator[dict]:
@@ -122,13 +125,16 @@ class Plan:
         found = tuned(self.rows, task, name) if done >= self.options.trials else None
         return None if found is None else found["settings"]
 
-    def race(self) -> Iterator[dict]:
+    def race(self, section: str = "final") -> Iterator[dict]:
         for task in self.tasks:
             for name in self.contestants:
                 yield from self.search(task, name)
                 if (chosen := self.best(task, name)) is not None:
                     for seed in range(self.options.seeds):
-                        yield self.job("final", task, name, seed, chosen)
+                        yield self.job(section, task, name, seed, chosen)
+
+    def short(self) -> Iterator[dict]:
+        return self.race("short")
 
     def bf16(self) -> Iterator[dict]:
         for task in self.tasks:
@@ -139,7 +145,7 @@ class Plan:
                         yield self.job("bf16", task, name, 0, chosen, dtype=dtype)
 
     def ablation(self) -> Iterator[dict]:
-        for task in [t for t in ABLATED if t in self.tasks]:
+        for task in [t for t in ABLATED if t in self.tasks][: 1 if self.options.quick else None]:
             yield from self.search(task, BASE)
             if (chosen := self.best(task, BASE)) is not None:
                 for group, variants in VARIANTS.items():
@@ -214,7 +220,7 @@ def start(options: argparse.Namespace) -> Store | None:
         except DataMissing as error:
             print(f"  skipped: {name}: {error}", flush=True)
             continue
-        steps = 12 if options.quick else max(10, round(options.scale * ABOUT[name]["steps"]))
+        steps = QUICK_STEPS if options.quick else max(10, round(options.scale * ABOUT[name]["steps"]))
         tasks[name] = ABOUT[name] | {"steps": steps}
     if not tasks:
         return None
