@@ -1,4 +1,4 @@
-"""The contestants, the ranges of their settings, and one training run. torch is imported by the runs only."""
+"""The contestants, the ranges of their settings, one training run, its curve. torch is imported by the runs only."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def build(family: str, structures: str | None, task: Any, chosen: dict[str, Any]
         return [optim.KFAC(model, lr, stat_decay=1 - chosen["lr_cov"], inverse=optim.Inverse(), **shared)]
     kind = {"SINGD": optim.SINGD, "IKFAC": optim.IKFAC}[family]
     shared |= {"lr_cov": chosen["lr_cov"], "normalize": chosen.get("normalize", True)}
-    return [kind(model, lr, structures=structure(chosen.get("structures") or structures), **shared)]
+    return [kind(model, lr, structures=structure(chosen.get("structures") or structures or "dense"), **shared)]
 
 
 def newton_schulz(grad: Any, ns_coefficients: tuple[float, float, float], ns_steps: int, eps: float) -> Any:
@@ -254,6 +254,30 @@ def train(job: dict) -> dict:
     return out | {"process_s": round(time.monotonic() - began, 3)}
 
 
+# -- curves ----------------------------------------------------------------------------------------
 def window(points: int) -> int:
     """Points of a curve that are averaged: a tenth of the run."""
     return max(1, round(WINDOW * points))
+
+
+def mean_curve(rows: list[dict], key: str = "loss") -> np.ndarray | None:
+    """Mean over the runs; None where there is none or one did not finish, since its curve is shorter."""
+    if not rows or any(r.get("final_loss") is None for r in rows):
+        return None
+    return np.mean([r[key] for r in rows], 0)
+
+
+def smooth(curve: np.ndarray) -> np.ndarray:
+    """Mean over the last tenth of the run up to each point; NaN before the first whole window."""
+    w = window(len(curve))
+    out = np.full(len(curve), np.nan)
+    out[w - 1 :] = np.lib.stride_tricks.sliding_window_view(curve, w).mean(-1)
+    return out
+
+
+def reach(curve: np.ndarray | None, target: float | None) -> int | None:
+    """First point whose smoothed loss is at the target (stored to six digits) or below."""
+    if curve is None or target is None:
+        return None
+    there = smooth(curve) <= target * (1 + 1e-5)
+    return int(there.argmax()) if there.any() else None

@@ -32,7 +32,7 @@ ABOUT: dict[str, dict[str, Any]] = {
     },
     "char": {
         "title": "character transformer, 2 layers of 64, tinyshakespeare",
-        "steps": 800, "metric": "loss", "accuracy": False, "label": "test loss, nats a character",
+        "steps": 500, "metric": "loss", "accuracy": False, "label": "test loss, nats a character",
     },
     "gcn": {
         "title": "graph network 1433-16-7, cora, full batch",
@@ -40,7 +40,7 @@ ABOUT: dict[str, dict[str, Any]] = {
     },
     "autoencoder": {
         "title": "autoencoder 196-128-64-32-12-…-196, tanh, mnist10k pooled to 14 × 14",
-        "steps": 2000, "metric": "error", "accuracy": False, "label": "test squared error of an image",
+        "steps": 1500, "metric": "error", "accuracy": False, "label": "test squared error of an image",
     },
 }  # fmt: skip
 BATCH, SHIFT = 128, 2  # images; pixels by which a classifier's training images are shifted at most

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _optim_search import CONTESTANTS, score, window
+from _optim_search import CONTESTANTS, mean_curve, reach, score, smooth, window
 
 YARDSTICK, OURS = "AdamW", "SINGD"
 STEPS_BAR, TASKS_BAR, TEST_BAR, BF16_BAR = 0.6, 3, 0.10, 0.02
@@ -22,30 +22,6 @@ COLOURS = {
 # -- reading ---------------------------------------------------------------------------------------
 def of(result: dict, section: str, **tags: Any) -> list[dict]:
     return [r for r in result["rows"] if r["section"] == section and all(r.get(k) == v for k, v in tags.items())]
-
-
-def mean_curve(rows: list[dict], key: str = "loss") -> np.ndarray | None:
-    """Mean over the runs; None where there is none or one did not finish, since its curve is shorter."""
-    if not rows or any(r.get("final_loss") is None for r in rows):
-        return None
-    return np.mean([r[key] for r in rows], 0)
-
-
-def smooth(curve: np.ndarray) -> np.ndarray:
-    """Mean over the last tenth of the run up to each point; NaN before the first whole window."""
-    w = window(len(curve))
-    out = np.full(len(curve), np.nan)
-    sums = np.cumsum(np.concatenate([[0.0], curve]))
-    out[w - 1 :] = (sums[w:] - sums[:-w]) / w
-    return out
-
-
-def reach(curve: np.ndarray | None, target: float | None) -> int | None:
-    """First point whose smoothed loss is at the target (stored to six digits) or below."""
-    if curve is None or target is None:
-        return None
-    there = smooth(curve) <= target * (1 + 1e-5)
-    return int(there.argmax()) if there.any() else None
 
 
 def spread(values: list[float | None]) -> tuple[float, float] | None:
@@ -76,6 +52,7 @@ def compare(result: dict, task: str) -> dict[str, dict[str, Any]]:
             "reach_s": None if at is None or seconds is None else float(seconds[at]),
             "total_s": None if seconds is None else float(seconds[-1]),
             "loss": spread([r.get("final_loss") for r in rows]),
+            "short": spread([r.get("final_loss") for r in of(result, "short", task=task, contestant=name)]),
             "test": spread([r["tests"][-1][metric] if r.get("tests") else None for r in rows]),
             "target": target,
         }
@@ -86,6 +63,12 @@ def best_of_ours(entries: dict[str, dict[str, Any]], only: str | None = None) ->
     """Our structure that needs the fewest steps; by the training loss where none, or several, get there."""
     mine = {k: e for k, e in entries.items() if k.startswith(OURS) and e["loss"] and only in (None, k)}
     return min(mine, key=lambda k: (mine[k]["fraction"] or math.inf, mine[k]["loss"][0]), default=None)
+
+
+def best_short(entries: dict[str, dict[str, Any]], only: str | None = None) -> str | None:
+    """Our structure with the least training loss after the shorter run."""
+    mine = {k: e for k, e in entries.items() if k.startswith(OURS) and e["short"] and only in (None, k)}
+    return min(mine, key=lambda k: mine[k]["short"][0], default=None)
 
 
 # -- bars ------------------------------------------------------------------------------------------
@@ -111,12 +94,20 @@ def bars(result: dict) -> list[dict]:
             for k, e in found.items()
         )
         bar(f"{who}: tasks where it is at AdamW's final training loss within 60 % of the steps", count, TASKS_BAR,
-            note, least=True)  # fmt: skip
-        worse = {k: e["test"][0] / compared[k][YARDSTICK]["test"][0] - 1 for k, e in found.items() if e["test"]}
+            note + (f"; {len(found)} tasks measured" if len(found) < 5 else ""), least=True)  # fmt: skip
+        short = {k: best_short(e, only) for k, e in compared.items()}
+        if any(name is not None for name in short.values()):
+            ratio = {
+                k: compared[k][name]["short"][0] / compared[k][name]["target"] for k, name in short.items() if name
+            }
+            note = "loss / AdamW's: " + ", ".join(f"{k} {v:.3g} ({(short[k] or '')[6:]})" for k, v in ratio.items())
+            bar(f"{who}: tasks where a run of 60 % of the steps ends at the loss of AdamW's whole run or below",
+                sum(v <= 1 for v in ratio.values()), TASKS_BAR, note, least=True)  # fmt: skip
+        worse = {k: excess(e, compared[k][YARDSTICK]) for k, e in found.items() if e["test"]}
         if worse:
-            note = ", ".join(f"{k} {v:+.1%}" for k, v in worse.items())
-            bar(f"{who}: test metric worse than AdamW's by at most 10 % on every task (largest)",
-                max(worse.values()), TEST_BAR, note)  # fmt: skip
+            note = ", ".join(f"{k} {v:+.1%} ± {error:.1%}" for k, (v, error) in worse.items())
+            bar(f"{who}: test metric worse than AdamW's by at most 10 % on every task (largest; ± standard error)",
+                max(v for v, _ in worse.values()), TEST_BAR, note)  # fmt: skip
     for name in CONTESTANTS:
         pairs = bf16_pairs(result, name)
         if name.startswith(OURS) and pairs:
@@ -131,6 +122,12 @@ def bars(result: dict) -> list[dict]:
                 bar(f"{name} in bfloat16: test metric worse than float32's by at most 2 % (largest)",
                     max(known.values()), BF16_BAR, note)  # fmt: skip
     return out
+
+
+def excess(mine: dict[str, Any], base: dict[str, Any]) -> tuple[float, float]:
+    """By how much a test metric is worse, relative to AdamW's, and the standard error of that over the seeds."""
+    variance = sum(e["test"][1] ** 2 / len(e["rows"]) for e in (mine, base))
+    return mine["test"][0] / base["test"][0] - 1, math.sqrt(variance) / base["test"][0]
 
 
 def bf16_pairs(result: dict, name: str) -> dict[str, tuple[dict, dict]]:
@@ -180,11 +177,12 @@ def markdown(result: dict) -> str:
         f"{env['cpu']}, {env['jobs']} runs at a time of one thread each, {env['date']}; {versions}; {load}; "
         f"{len(result['rows'])} runs in {result['seconds'] / 60:.0f} minutes.",
         "",
-        f"Everybody: {asked['trials']} settings from the ranges below, at the same points of the unit cube (one in each "
-        f"layer of every axis), one seed; the best by final training loss runs again with {asked['seeds']} fresh seeds. "
-        "Learning rates decay as a cosine to zero. Training loss: mean over batches of the last tenth of the steps up to "
-        "a point. Target: AdamW's at the end, mean over its seeds; it is reached where the curve averaged over the seeds "
-        "is there. Seconds are of training steps alone. ±: standard deviation over the seeds.",
+        f"Everybody: {asked['trials']} settings from the ranges below, at the same points of the unit cube (one in "
+        f"each layer of every axis), one seed; the best by final training loss runs again with {asked['seeds']} "
+        "fresh seeds. Learning rates decay as a cosine to zero. Training loss: mean over batches of the last "
+        "tenth of the steps up to a point. Target: AdamW's at the end, mean over its seeds; it is reached where "
+        "the curve averaged over the seeds is there. After 60 %: runs of their own, with a schedule that ends "
+        "there. Seconds are of training steps alone. ±: standard deviation over the seeds.",
         "",
     ]
     rows = []
@@ -218,21 +216,22 @@ def task_table(result: dict, task: str) -> list[str]:
         lost = f"{bad} of {len(trials)}" + "".join(f"; {' '.join(e.split())[:150]}" for e in errors).replace("|", "/")
         e = entries.get(name)
         if e is None:
-            rows.append(f"{name} |" + " — |" * 9 + f" {lost}")
+            rows.append(f"{name} |" + " — |" * 11 + f" {lost}")
             continue
-        times = [r["mean_step_s"] for r in e["rows"] if "mean_step_s" in r]
+        times = [[r[k] for r in e["rows"] if k in r] for k in ("mean_step_s", "mean_step_cpu_s")]
+        wall, cpu = (number(float(np.mean(t)) * 1e3 if t else None, ".2f") for t in times)
         each = ", ".join("never" if v is None else f"{v:.0%}" for v in e["each"])
         state = max((r.get("state_bytes", 0) for r in e["rows"]), default=0) / MIB
         cache = max((r.get("cache_bytes", 0) for r in e["rows"]), default=0) / MIB
         rows.append(
             f"{name} | {named(e['rows'][0]['settings'])} | {number(e['fraction'], '.0%')} ({each}) "
-            f"| {number(e['reach_s'], '.2f')} | {number(e['total_s'], '.2f')} | {pair(e['loss'])} | {pair(e['test'])} "
-            f"| {number(float(np.mean(times)) * 1e3 if times else None, '.2f')} | {state:.2f} | {cache:.2f} | {lost}"
+            f"| {number(e['reach_s'], '.2f')} | {number(e['total_s'], '.2f')} | {pair(e['loss'])} | {pair(e['short'])} "
+            f"| {pair(e['test'])} | {wall} | {cpu} | {state:.2f} | {cache:.2f} | {lost}"
         )
     if not rows:
         return []
     head = "optimizer | settings | steps to AdamW's loss (each seed) | s to it | s in all | training loss"
-    head += f" | {about['label']} | ms a step | state MiB | caches MiB | trials lost"
+    head += f" | after 60 % of the steps | {about['label']} | ms a step | CPU ms | state MiB | caches MiB | trials lost"
     return [f"## {about['title']}: {about['steps']} steps", "", *table(head, rows)]
 
 
@@ -268,7 +267,7 @@ def ablation_tables(result: dict) -> list[str]:
                 sets = [[r for r in runs if (r["variant"], r["settings"].get("lr_times", 1.0)) == (label, f)]
                         for f in rates]  # fmt: skip
                 best = min(sets, key=lambda rows: float(np.mean([score(r) for r in rows])))
-                ends = ", ".join(number(None if math.inf in map(score, s) else np.mean([*map(score, s)])) for s in sets)
+                ends = ", ".join(number((spread([r.get("final_loss") for r in s]) or (None,))[0]) for s in sets)
                 test = spread([r["tests"][-1][metric] if r.get("tests") else None for r in best])
                 times = [r["mean_step_s"] for r in best if "mean_step_s" in r]
                 lost = sum(score(r) == math.inf for r in best)
@@ -363,6 +362,7 @@ def summary_figure(compared: dict[str, dict[str, dict[str, Any]]], path: Path) -
               "seconds to it, relative to AdamW's run (×: never)", "optimizer state, MiB")  # fmt: skip
     for ax, title in zip(axes, titles):
         ax.set_xticks(range(len(compared)), list(compared))
+        ax.set_xlim(-0.5, len(compared) - 0.5)
         ax.set_title(title, fontsize=10)
         ax.grid(alpha=0.3, axis="y")
     axes[0].axhline(STEPS_BAR, color="0.3", linestyle="--", linewidth=1)
@@ -370,7 +370,7 @@ def summary_figure(compared: dict[str, dict[str, dict[str, Any]]], path: Path) -
     axes[1].set_yscale("log")
     axes[2].set_yscale("log")
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[n]) for n in names]
-    axes[2].legend(handles, names, fontsize=8)
-    fig.tight_layout()
+    fig.legend(handles, names, fontsize=9, ncols=len(names), loc="lower center")
+    fig.tight_layout(rect=(0, 0.07, 1, 1))
     fig.savefig(path, dpi=130)
     plt.close(fig)

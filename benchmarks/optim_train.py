@@ -1,9 +1,11 @@
 """Benchmark: training to a target with AdamW, SGD, Muon, KFAC and SINGD, everybody tuned by the same search.
 
-    python benchmarks/optim_train.py --data DIR [--only WORD ...] [--jobs 2] [--trials 6] [--resume JSON]
+    python benchmarks/optim_train.py --data DIR                       # the race, and runs of 60 % of its steps
+    python benchmarks/optim_train.py --data DIR --resume JSON --only bf16 ablation     # more, at the settings found
+    python benchmarks/optim_train.py --data DIR --quick
 
-Every run is one process of one thread. Finished runs are saved at once; `--resume` goes on with a run that was cut off.
-See benchmarks/README.md for what is claimed and how it is measured.
+`--jobs` runs go on at a time, one thread each. Finished runs are saved at once; `--resume` also goes on with a run
+that was cut off. See benchmarks/README.md for what is claimed and how it is measured.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from _common import ROOT
 from _optim_search import BASE, CONTESTANTS, RANGES, VARIANTS, draws, settings, train, tuned
 
 SECTIONS = ("race", "short", "bf16", "ablation")
+DEFAULT = ("race", "short")  # the others by --only
 SHORT = 0.6  # of the steps, under a schedule that ends there
 BF16 = ("SINGD dense", "SINGD hierarchical", "KFAC")
 ABLATED = ("mlp", "char")
@@ -40,8 +43,8 @@ def arguments() -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="WORD",
-        help=f"sections ({', '.join(SECTIONS)}), tasks and contestants to run; words of different kinds narrow down. "
-        "'SINGD Toeplitz' and 'IKFAC' run only when they are named",
+        help=f"sections ({', '.join(SECTIONS)}; without one: {', '.join(DEFAULT)}), tasks and contestants; words of "
+        "different kinds narrow down. 'SINGD Toeplitz' and 'IKFAC' run only when they are named",
     )
     parser.add_argument("--quick", action="store_true", help="a smoke test: a few steps a run")
     parser.add_argument("--trials", type=int, default=6, help="settings tried per optimizer and task")
@@ -100,9 +103,8 @@ class Plan:
         self.options, self.tasks, self.rows = options, tasks, rows
         chosen = [word for word in options.only if word in CONTESTANTS]
         self.contestants = chosen or [name for name, c in CONTESTANTS.items() if c.default]
-        # A contestant asked for says nothing about bfloat16 and ablations.
         asked = [word for word in options.only if word in SECTIONS]
-        self.sections = asked or (["race"] if chosen else list(SECTIONS))
+        self.sections = asked or list(SECTIONS if options.quick else DEFAULT)
 
     def job(self, section: str, task: str, name: str, seed: int, chosen: dict, **tags: Any) -> dict:
         options, contestant = self.options, CONTESTANTS[name]
@@ -229,8 +231,14 @@ def start(options: argparse.Namespace) -> Store | None:
         result = json.loads(options.resume.read_text())
         if result["settings"] != recorded:
             raise SystemExit(f"{options.resume.name} was run with {result['settings']}, now asked: {recorded}")
-        result["rows"] = [row for row in result["rows"] if "error" not in row]
-        result["tasks"] |= tasks
+        # A search with a failed trial may now choose other settings, so that what was run with its choice goes as well.
+        failed = [row for row in result["rows"] if "error" in row]
+        again = {(row["task"], row["contestant"]) for row in failed if row["section"] == "search"}
+        result["rows"] = [
+            row for row in result["rows"]
+            if "error" not in row and (row["section"] == "search" or (row["task"], row["contestant"]) not in again)
+        ]  # fmt: skip
+        result["tasks"] = tasks | result["tasks"]  # its numbers of steps
         result["environment"].setdefault("resumed", []).append(time.strftime("%Y-%m-%d %H:%M:%S"))
         return Store(options.resume, result)
     environment = _common.environment(1, "cpu") | {"dtype": "float32", "jobs": options.jobs}

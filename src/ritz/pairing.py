@@ -36,6 +36,9 @@ from .numerics import (
 )
 from .operators.base import Gradients, LinearOperator
 
+# Whether the running backward pass leaves its graph for another one; True outside of any
+_graph_is_kept: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
+
 PAIR_CHUNK = 32  # columns of one re-evaluation of a callable in backward: bounds the memory of its graph
 
 
@@ -220,6 +223,8 @@ class _Attach(torch.autograd.Function):
             ]
         if torch.is_grad_enabled():
             grads = [None if g is None else _Refuse.apply(plan.name, g, *args, *cotangents) for g in grads]
+        if not _graph_is_kept():  # as autograd does with saved tensors: a loss that is still held must not hold A
+            ctx.plan = None
         return (None, *grads)
 
     @staticmethod

@@ -102,18 +102,19 @@ def test_attention_under_transforms_and_other_passes():
     torch.manual_seed(0)
     model = nn.MultiheadAttention(4, 2, batch_first=True).double()
     x = torch.randn(2, 3, 4).double()
-    optimizer = kfac(model)
+    optimizer, modes = kfac(model), []
+    model.register_forward_pre_hook(lambda *_: modes.append(torch.overrides._get_current_function_mode()))
     with torch.no_grad():
         model(x, x, x)
     with optimizer.paused():
         model(x, x, x)[0].sum().backward()
     torch.func.jacrev(lambda z: model(z, z, z)[0])(x)
-    assert collected(optimizer) == []
+    assert collected(optimizer) == [] and modes == [None] * 3
     with pytest.raises(AssertionError):
         model(x, x, torch.zeros(2, 5, 4).double())  # the mode of this call must not stay
     assert torch.overrides._get_current_function_mode() is None
     model(x, x, x)[0].sum().backward()
-    assert len(collected(optimizer)) == 2
+    assert len(collected(optimizer)) == 2 and modes[-1] is not None
 
 
 def test_zero_grad_drops_what_was_collected():

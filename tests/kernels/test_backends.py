@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from ritz.errors import OperandError
-from ritz.kernels import RBF, Matern, NumbaTiles, RationalQuadratic, Stored, Tiles, for_iteration
+from ritz.kernels import RBF, Matern, NumbaTiles, RationalQuadratic, Stored, Tiles
 from ritz.kernels.backends import choose
 from ritz.kernels.distances import prepare
 from ritz.kernels.panels import rounds, together
 from ritz.kernels.profiles import Gaussian, MaternProfile, RationalQuadraticProfile
-from ritz.kernels.torch_tiles import TorchPass, multiply
+from ritz.kernels.torch_tiles import TorchPass
 from ritz.kernels.triton_tiles import TritonTiles
 from ritz.methods import Auto
 from ritz.testing import check_operator
@@ -289,35 +289,6 @@ def test_python_threads_do_not_disturb_each_other():
         torch.testing.assert_close(a, b)
 
 
-def peak_of(run):
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    held = peak = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
-@pytest.mark.parametrize("backend", [Tiles(), NumbaTiles()], ids=str)
-@pytest.mark.parametrize("lengthscale", [1.0, 0.01])  # distances in float32, and in float64
-def test_workspace(backend, lengthscale):
-    n = 5000  # the matrix would take 100 MB
-    X, v = torch.rand(n, 3).requires_grad_(True), torch.rand(n, 11)
-    kernel = RationalQuadratic(lengthscale=lengthscale)
-    assert peak_of(lambda: (kernel(X, backend=backend) @ v).sum().backward()) < 12 * 2**20
-
-
-@pytest.mark.parametrize("name", ["rbf", "matern32"])
-def test_stored_holds_one_copy_of_the_matrix(name):
-    n = 3000
-    kernel, X, v = KERNELS[name](), torch.rand(n, 3), torch.rand(n, 4)
-    with torch.no_grad():
-        peak = peak_of(lambda: kernel(X, backend=Stored(NumbaTiles())) @ v)
-    assert 4 * n * n <= peak < 4 * n * n + 8 * 2**20
-
-
 def test_blocks_of_every_width():
     # vectors are padded to a multiple of four where that is faster
     kernel, X = RBF(), draw(60, 2, torch.float32)
@@ -342,17 +313,6 @@ def test_choice(monkeypatch):
     installed["triton"] = False
     assert choose(Auto(), many, torch.device("cuda")) == Tiles()
     assert choose(Auto(), many, torch.device("mps")) == Tiles()
-
-
-def test_choice_for_repeated_products(monkeypatch):
-    single, double, cuda = torch.float32, torch.float64, torch.device("cuda")
-    assert for_iteration(2048, 2048, single, CPU) == Auto() and for_iteration(2047, 2048, single, CPU) == Stored()
-    for size, dtype in ((16_384, single), (11_585, double)):
-        assert for_iteration(size, size, dtype, cuda) == Stored()
-        assert for_iteration(size + 1, size, dtype, cuda) == Auto()
-    spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "numba" else spec(name))
-    assert for_iteration(2048, 2048, single, CPU) == Stored()
 
 
 def test_operators_say_what_they_use():
@@ -423,21 +383,3 @@ def test_without_an_openmp_runtime_tiles_are_made_by_the_calling_thread(monkeypa
     X = draw(90, 2)
     with torch.no_grad():
         torch.testing.assert_close(RBF().double()(X, backend=Tiles(20)).to_dense(), textbook(RBF().double(), X, X))
-
-
-@pytest.mark.parametrize("k", [1, 11])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_products_with_a_stored_matrix_of_many_tiles(k, threads):
-    """Larger than a tile in both directions, with ragged edges; the symmetric case reads one half only."""
-    generator = torch.Generator().manual_seed(0)
-    K, V = (torch.randn(1300, m, generator=generator, dtype=torch.float64) for m in (1100, k))
-    square = torch.randn(1300, 1300, generator=generator, dtype=torch.float64)
-    square = square + square.mT
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        torch.testing.assert_close(multiply(square, V, same=True), square @ V)
-        torch.testing.assert_close(multiply(K.mT, V, same=False), K.mT @ V)
-        torch.testing.assert_close(multiply(K, V[:1100], same=False), K @ V[:1100])
-    finally:
-        torch.set_num_threads(before)

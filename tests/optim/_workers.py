@@ -152,7 +152,8 @@ def alone(rank: int) -> list[Tensor]:
 def by_group(rank: int, world: int) -> list[Tensor]:
     """No wrapper: the gradients are averaged by hand, and the group is named."""
     model = Net()
-    optimizer = SINGD(model, 0.02, structures=Dense(), damping=0.01, update_interval=INTERVAL, process_group=dist.group.WORLD)
+    settings = {"structures": Dense(), "damping": 0.01, "update_interval": INTERVAL}
+    optimizer = SINGD(model, 0.02, process_group=dist.group.WORLD, **settings)
     for step in range(STEPS):
         X, Y = share(step, rank, world)
         optimizer.zero_grad()

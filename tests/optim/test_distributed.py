@@ -43,7 +43,7 @@ def same_bits(a, b):
 
 
 def one_process(name, world):
-    """The run on the whole batch. A sum over each process's rows, averaged, is the sum over all divided by their number."""
+    """The run on the whole batch. (The mean over processes of the sums over their rows is the whole sum / world.)"""
     model = Net()
     loop(model, optimizer_of(name, model), data, total=ROWS / world if name == "singd sum" else 1.0)
     return values(model)

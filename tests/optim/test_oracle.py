@@ -25,7 +25,7 @@ from ritz.operators.structured import (
 )
 from ritz.optim import SINGD, EarlyDense
 
-SIZES = (6, 6, 6, 3)  # two layers of equal shape, which foreach=True batches
+SIZES = (6, 6, 6)  # two layers of equal shape, which foreach=True batches
 STEPS = 20
 TOLERANCE = 1e-10
 

@@ -157,11 +157,11 @@ def test_a_zero_gradient_is_no_multiple_of_anything(counted):
 
 @pytest.mark.parametrize(
     "rows, structure, kept",
-    [(4, Dense(), True), (200, Dense(), False), (4, Diagonal(), False), (4, LowerToeplitz(), True)],
-    ids=["few rows", "many rows", "diagonal", "Toeplitz"],
+    [(4, Dense(), True), (200, Dense(), False), (200, Diagonal(), False), (4, LowerToeplitz(), True)],
+    ids=["few rows", "many rows", "many rows, diagonal", "few rows, Toeplitz"],
 )
 def test_chosen_by_cost(rows: int, structure: Structure, kept: bool, counted):
-    """m(d_K² + d_C²) + m d_K d_C multiplications against d_C² d_K + d_C d_K²; a diagonal factor has nothing to save."""
+    """m(d_K² + d_C²) + m d_K d_C multiplications against d_C² d_K + d_C d_K²; less still for other factors."""
     model = perceptron(64, 64, seed=1)
     optimizer = SINGD(model, 0.01, structures=structure, row_form=None)
     model(normal(rows, 64, seed=1)).square().mean().backward()

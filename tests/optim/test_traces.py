@@ -129,7 +129,7 @@ class Replay:
 def largest(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
     """The largest deviation of a parameter; both must have the same names."""
     assert got.keys() == want.keys()
-    gap = max(float((got[name].detach().double() - want[name]).abs().max()) for name in want)
+    gap = max(float((got[name].detach().double() - want[name].detach()).abs().max()) for name in want)
     return float("inf") if gap != gap else gap
 
 

@@ -137,6 +137,8 @@ def iterative(
     Z = probes.probes(n, A.dtype, A.device)
     P, details = select(A, preconditioner, Z, exact=probes.is_exact(n), later=True)
     root = None if P is None else P.inverse_root()
+    # Before the block, so that backward comes to it after the block's pairing and not with its n·r numbers in hand.
+    known = None if P is None else P.logdet().double()
     narrow = PAIRING * lanczos.tolerance(A.dtype)
     gradient = Frechet() if lanczos.num_matvecs is not None else Frechet(rtol=narrow)
     B = Watched(A if root is None else Preconditioned(A, root), p, details, 1e-2 * gradient.tolerance(A.dtype))
@@ -147,7 +149,7 @@ def iterative(
     )
     quadratic = forms[0].double()
     logdet, error = mean_and_error(forms[1].double(), probes.is_exact(n))
-    if P is not None:
+    if P is not None and known is not None:
         if isinstance(preconditioner, Auto) and (plain := plain_error(P, Z, forms[1])) is not None:
             errors = {"plain": plain, "preconditioned": float(error)}
             if not preferred(errors, Z.shape[1]):  # the run was for nothing; rare, and known now
@@ -159,7 +161,7 @@ def iterative(
                 info.details.update(standard_errors=errors, preconditioner=None)
                 return value, info
             details["standard_errors"] = errors
-        logdet = logdet + P.logdet().double()
+        logdet = logdet + known
     x, left = B.solution(start.detach())
     if root is not None:
         with torch.no_grad():

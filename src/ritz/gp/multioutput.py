@@ -134,7 +134,7 @@ class MultiOutputGP(ExactGP):
 
     def covariance(self, X: Tensor) -> LinearOperator:
         """K(X, X) ⊗ B + I ⊗ diag(σ²) as an operator (n p, n p)."""
-        K = self.kernel(X, backend=self.backend)
+        K = self._kernel_matrix(X)
         noise = Diagonal(self.noise.to(K.dtype))
         return self._latent(K) + Kronecker(identity(K.shape[0], dtype=K.dtype, device=K.device), noise)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..numerics import full_precision, is_transformed, unwrap
 from ..operators.base import Gradients, LinearOperator
+from .columns import columns_by_rows
 from .distances import Coordinates, origin_of
 from .parameters import positive
 from .profiles import Profile
@@ -174,14 +175,14 @@ class FactoredOperator(LinearOperator):
             out = out * positive(raw).double().reshape(())
         return out
 
-    def _dense(self, *tensors: Tensor, columns: Tensor | None = None) -> Tensor:
-        """The matrix, or some columns of it, in plain differentiable operations on :meth:`tensors`."""
+    def _dense(self, *tensors: Tensor, rows: slice = slice(None), columns: Tensor | None = None) -> Tensor:
+        """The matrix, or some of its rows and columns, in plain differentiable operations on :meth:`tensors`."""
         count = 1 if self.Z is None else 2
         points, rest = tensors[:count], tensors[count:]
         K = None
         for f in self.factors:
             own, rest = rest[: len(f.parameters)], rest[len(f.parameters) :]
-            part = f._dense(*points, *own, columns=columns)
+            part = f._dense(*points, *own, rows=rows, columns=columns)
             K = part if K is None else K * part
         assert K is not None
         return K * self._scale(*rest).to(self.dtype)
@@ -191,8 +192,7 @@ class FactoredOperator(LinearOperator):
 
     def columns(self, idx: Tensor | Sequence[int]) -> Tensor:
         """The columns K[:, idx] (n, len(idx)); differentiable to any order."""
-        index = torch.as_tensor(idx, dtype=torch.long, device=self.device).reshape(-1)
-        return self._dense(*self.tensors(), columns=index)
+        return columns_by_rows(self, torch.as_tensor(idx, dtype=torch.long, device=self.device).reshape(-1))
 
     def diagonal(self) -> Tensor:
         """The diagonal; differentiable."""

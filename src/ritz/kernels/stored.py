@@ -1,4 +1,4 @@
-"""A kernel matrix that is kept: filled once by tiles, multiplied and differentiated by tiles."""
+"""A kernel matrix that is kept, or one half of it: filled once by tiles, multiplied and differentiated by tiles."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from ..numerics import full_precision, has_tangent, in_transform, untransformed,
 from ..operators import Sum
 from ..operators.base import Gradients, LinearOperator
 from .backends import Stored
-from .torch_tiles import multiply
+from .tiled import StationaryOperator
+from .torch_tiles import Tiles, multiply
+from .upper import UpperTiles
 
 
 class _Kept(NamedTuple):
     """A matrix with what it was made from: memory and count of changes of every tensor."""
 
-    matrix: Tensor
+    matrix: Tensor | UpperTiles
     key: tuple[tuple[int, int], ...]
     seen: tuple[Tensor, ...]  # held, so that no other tensor gets the same memory
 
@@ -29,8 +31,10 @@ class StoredOperator(LinearOperator):
     Changes that PyTorch counts are seen: operations in place, steps of an optimiser, and another tensor assigned to
     ``.data``. Writes through ``.data`` (``p.data.fill_(1)``) and in inference mode are not counted, and not seen.
 
-    Memory: n·m numbers, and as many again for a moment where a sum is made. Gradient: the operator's own pairing, by
-    tiles; the second derivative through its dense matrix.
+    Memory: n (n + 512)/2 numbers for a stationary kernel on a CPU (or a sum of such, scaled or not) with Z = None, of
+    whose symmetric matrix the tiles on and above the diagonal are kept. Otherwise n·m numbers, and as many again for a
+    moment where a sum is made. Gradient: the operator's own pairing, by tiles; the second derivative through its dense
+    matrix.
     """
 
     def __init__(self, operator: LinearOperator) -> None:
@@ -55,9 +59,13 @@ class StoredOperator(LinearOperator):
     def deferrable(self) -> bool:
         return self.operator.deferrable
 
-    @torch.no_grad()
     def matrix(self) -> Tensor:
-        """The matrix as numbers, without a graph."""
+        """The matrix (n, m) as numbers, without a graph; a copy where only one half of it is kept."""
+        K = self._current()
+        return K.to_dense() if isinstance(K, UpperTiles) else K
+
+    @torch.no_grad()
+    def _current(self) -> Tensor | UpperTiles:
         seen = tuple(unwrap(t) for t in self.operator.tensors())
         key = tuple((t.data_ptr(), version(t)) for t in seen)
         kept = self._kept  # read once: another Python thread may exchange it
@@ -65,7 +73,7 @@ class StoredOperator(LinearOperator):
             kept = self._kept = None  # before the new one is there, or both would be held
             with untransformed():
                 held = tuple(t.detach() for t in seen)
-            kept = self._kept = _Kept(unwrap(_filled(self.operator).detach()), key, held)
+            kept = self._kept = _Kept(_filled(self.operator), key, held)
         return kept.matrix
 
     def _matmat(self, X: Tensor) -> Tensor:
@@ -85,9 +93,10 @@ class StoredOperator(LinearOperator):
 
     @torch.no_grad()
     def _numeric(self, X: Tensor) -> Tensor:
-        K = self.matrix()
+        K = self._current()
         with full_precision(), untransformed():
-            return multiply(K, unwrap(X), same=bool(self.hermitian))
+            X = unwrap(X)
+            return K.product(X) if isinstance(K, UpperTiles) else multiply(K, X, same=bool(self.hermitian))
 
     def _recorded(self, X: Tensor, *tensors: Tensor) -> Tensor:
         return _recorded(self.operator, X, tensors)
@@ -110,14 +119,33 @@ class StoredOperator(LinearOperator):
         return self.operator.to_dense()
 
 
-def _filled(operator: LinearOperator) -> Tensor:
-    """The matrix as numbers; a sum term by term, with one matrix besides."""
+def _filled(operator: LinearOperator) -> Tensor | UpperTiles:
+    """The matrix as numbers, half of it where that will do; otherwise a sum term by term, with one matrix besides."""
+    terms: Sequence[Any] = operator.terms if isinstance(operator, Sum) else [operator]
+    edge = _common_edge(terms)
+    if edge is not None:
+        with untransformed():
+            upper = UpperTiles(operator.shape[0], edge, operator.dtype, operator.device)
+        for position, term in enumerate(terms):
+            term.write_upper(upper, add=position > 0)
+        return upper
     if not isinstance(operator, Sum):
-        return operator.to_dense()
+        return unwrap(operator.to_dense().detach())
     out = torch.zeros(operator.shape, dtype=operator.dtype, device=operator.device)
-    for term in operator.terms:
+    for term in terms:
         out += term.to_dense()
-    return out
+    return unwrap(out.detach())
+
+
+def _common_edge(terms: Sequence[Any]) -> int | None:
+    """Rows of the tiles that all terms are made of, where these can stand for the matrix; None otherwise."""
+    edges = set()
+    for term in terms:
+        served = isinstance(term, StationaryOperator) and term.Z is None and term.device.type == "cpu"
+        if not (served and isinstance(term.backend, Tiles)):
+            return None
+        edges.add(term.backend.size(term.dtype, term.device))
+    return edges.pop() if len(edges) == 1 else None
 
 
 def _recorded(operator: Any, X: Tensor, tensors: Sequence[Tensor]) -> Tensor:

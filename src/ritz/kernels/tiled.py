@@ -16,11 +16,13 @@ from torch import Tensor
 from ..numerics import full_precision, in_transform, is_transformed, untransformed, unwrap
 from ..operators.base import Gradients, LinearOperator
 from .backends import TileBackend
+from .columns import columns_by_rows
 from .distances import Coordinates, origin_of, prepare, squared_distances
 from .forms import Form
 from .parameters import positive
 from .profiles import Profile
 from .torch_tiles import Tiles
+from .upper import UpperTiles
 
 
 class StationaryOperator(LinearOperator):
@@ -96,14 +98,14 @@ class StationaryOperator(LinearOperator):
         Z, rest = (None, rest) if self.Z is None else (rest[0], rest[1:])
         return X, Z, rest[: len(self.parameters)], rest[len(self.parameters) :]
 
-    def _dense(self, *tensors: Tensor, columns: Tensor | None = None) -> Tensor:
-        """The matrix, or some columns of it, in plain differentiable operations on :meth:`tensors`."""
+    def _dense(self, *tensors: Tensor, rows: slice = slice(None), columns: Tensor | None = None) -> Tensor:
+        """The matrix, or some of its rows and columns, in plain differentiable operations on :meth:`tensors`."""
         X, Z, parameters, raw_scales = self._split(tensors)
-        origin = origin_of(X)
-        U = self.form.coordinates(X, origin, *parameters)
-        V = U if Z is None else self.form.coordinates(Z, origin, *parameters)
-        part = V if columns is None else V[columns]
-        K = self.form.entries(squared_distances(U, part, columns is None and Z is None), *parameters)
+        origin, same = origin_of(X), columns is None and Z is None
+        other = X if Z is None else Z
+        U = self.form.coordinates(X[rows], origin, *parameters)
+        V = U if same else self.form.coordinates(other if columns is None else other[columns], origin, *parameters)
+        K = self.form.entries(squared_distances(U, V, same), *parameters)
         factor = self._factor(*raw_scales)
         return K if factor is None else factor * K
 
@@ -159,9 +161,11 @@ class StationaryOperator(LinearOperator):
     # -- entries --------------------------------------------------------------------------------------------------
 
     def columns(self, idx: Tensor | Sequence[int]) -> Tensor:
-        """The columns K[:, idx] (n, len(idx)), from n·len(idx) evaluations of k; differentiable to any order."""
-        index = torch.as_tensor(idx, dtype=torch.long, device=self.device).reshape(-1)
-        return self._dense(*self.tensors(), columns=index)
+        """The columns K[:, idx] (n, len(idx)), from n·len(idx) evaluations of k; differentiable to any order.
+
+        The first derivative evaluates them anew by groups of rows: nothing of their size stays on the graph.
+        """
+        return columns_by_rows(self, torch.as_tensor(idx, dtype=torch.long, device=self.device).reshape(-1))
 
     def diagonal(self) -> Tensor:
         """The diagonal: s for Z = None, without evaluations; differentiable."""
@@ -186,6 +190,22 @@ class StationaryOperator(LinearOperator):
             scale = self._factor(*_plain(*self.raw_scales))
             K = K if scale is None else K.mul_(scale)
         return K.clone() if in_transform() else K
+
+    @torch.no_grad()
+    def write_upper(self, upper: UpperTiles, *, add: bool) -> None:
+        """Write the matrix (Z = None, on a CPU, by ``Tiles`` of the same edge) into its upper tiles, or add it."""
+        assert isinstance(self.backend, Tiles) and self.Z is None
+        with full_precision(), untransformed():
+            factor = self._factor(*_plain(*self.raw_scales))
+            scale = 1.0 if factor is None else float(factor)
+
+            def put(i: int, j: int, K: Tensor) -> None:
+                if add:
+                    upper.tiles[i, j].add_(K, alpha=scale)
+                else:
+                    torch.mul(K, scale, out=upper.tiles[i, j])
+
+            self.backend.each(*self._prepared(), self.dtype, put)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

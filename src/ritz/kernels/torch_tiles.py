@@ -8,7 +8,7 @@ pairing makes tiles anew: with T = Λ Qᵀ, S = T ∘ k'(t)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -119,13 +119,25 @@ class Tiles:
         edge = self.size(out.dtype, out.device)
         parts = [rows.split(edge, 1) for rows in out.split(edge)]
 
-        def visit(worker: _Worker, i: int, j: int) -> None:
-            K = worker.tile.values(worker.distances(i, j))
+        def put(i: int, j: int, K: Tensor) -> None:
             parts[i][j].copy_(K)
             if points.same and i != j:
                 parts[j][i].copy_(K.mT)
 
-        self._visit(profile, points, out.dtype, visit)
+        self.each(profile, points, out.dtype, put)
+
+    def each(
+        self, profile: Profile, points: Coordinates, dtype: torch.dtype, put: Callable[[int, int, Tensor], None]
+    ) -> None:
+        """Call put(i, j, K) with every tile K of k(U, V), in any order and from any thread; K is overwritten after it.
+
+        Only the tiles on and above the diagonal (j ≥ i) where the points are the same.
+        """
+
+        def visit(worker: _Worker, i: int, j: int) -> None:
+            put(i, j, worker.tile.values(worker.distances(i, j)))
+
+        self._visit(profile, points, dtype, visit)
 
     def contract(
         self, profile: Profile, points: Coordinates, Lam: Tensor, Q: Tensor, *, moves: bool, sums: bool
@@ -238,15 +250,24 @@ def multiply(K: Tensor, X: Tensor, *, same: bool) -> Tensor:
     """
     if K.device.type != "cpu":
         return K @ X
+    parts = enumerate(rows.split(CPU_EDGE, 1) for rows in K.split(CPU_EDGE))
+    tiles = {(i, j): tile for i, row in parts for j, tile in enumerate(row)}
+    return multiply_tiles(tiles, K.shape[0], CPU_EDGE, X, same=same)
+
+
+def multiply_tiles(tiles: Mapping[tuple[int, int], Tensor], n: int, edge: int, X: Tensor, *, same: bool) -> Tensor:
+    """The product of a matrix of n rows, given by its tiles (i, j) of ``edge`` rows and columns, and a block X (m, k).
+
+    With ``same`` the matrix is symmetric, and only its tiles j ≥ i are read. For tensors on a CPU.
+    """
     k, X = X.shape[1], _as_rows(X)
-    Y = torch.zeros(X.shape[0], K.shape[0], dtype=X.dtype, device=X.device)
-    x, y = X.split(CPU_EDGE, 1), Y.split(CPU_EDGE, 1)
-    parts = [rows.split(CPU_EDGE, 1) for rows in K.split(CPU_EDGE)]
+    Y = torch.zeros(X.shape[0], n, dtype=X.dtype, device=X.device)
+    x, y = X.split(edge, 1), Y.split(edge, 1)
 
     def task(panel: Panel) -> Callable[[], None]:
         def run() -> None:
             for i, j in panel:
-                tile = parts[i][j]
+                tile = tiles[i, j]
                 y[i].addmm_(x[j], tile.mT)
                 if same and i != j:
                     y[j].addmm_(x[i], tile)

@@ -56,7 +56,8 @@ class LossScale:
             told = known
         if told is not None and float(told) != 1.0:
             grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-            torch._foreach_mul_(grads, 1.0 / float(told))
+            if grads:  # torch refuses an empty list
+                torch._foreach_mul_(grads, 1.0 / float(told))
         if known is not None:
             return 1.0
         if told is None:

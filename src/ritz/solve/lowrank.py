@@ -11,7 +11,7 @@ from ..errors import DomainError, OperandError
 from ..numerics import full_precision, unwrap
 from ..operators import Diagonal, LinearOperator
 from .preconditioners import Preconditioner
-from .root import InverseRoot, Shift, frozen, wide
+from .root import InverseRoot, Shift, frozen, gram, wide
 
 
 class LowRankPreconditioner(Preconditioner):
@@ -27,6 +27,7 @@ class LowRankPreconditioner(Preconditioner):
         factor: F (n, r).
         shift: σ², a number or a tensor of one element, or the diagonal of D (n,); tensors get gradients.
         dtype: of the operator; that of the factor by default. The factor is best in float64 also for float32.
+        own: F is nobody else's, and need not be copied.
 
     Attributes:
         factor, noise: F, and σ² or the diagonal of D, copied: P stays what it was made from. Gradients go through.
@@ -36,7 +37,9 @@ class LowRankPreconditioner(Preconditioner):
         DomainError: a shift, or an entry of D, that is not positive.
     """
 
-    def __init__(self, factor: Tensor, shift: Shift, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, factor: Tensor, shift: Shift, dtype: torch.dtype | None = None, *, own: bool = False
+    ) -> None:
         n = factor.shape[0]
         super().__init__((n, n), dtype or factor.dtype, factor.device, psd=True)
         self.noise: Shift
@@ -44,14 +47,14 @@ class LowRankPreconditioner(Preconditioner):
         self._scale: Tensor | None = None  # diagonal of W
         if isinstance(shift, Tensor) and shift.ndim == 1 and shift.numel() == n and n != 1:
             _check_diagonal(shift)
-            self.factor, self.noise = factor, shift = frozen(factor), frozen(shift)
+            self.factor, self.noise = factor, shift = factor if own else frozen(factor), frozen(shift)
             self._scale = wide(shift).sqrt()
             scaled: Tensor = wide(factor) / self._scale.unsqueeze(1)
-            self._core = InverseRoot(scaled, 1.0, self.dtype)
+            self._core = InverseRoot(scaled, 1.0, self.dtype, own=True)
         elif isinstance(shift, Tensor) and shift.numel() != 1:
             raise OperandError(f"shift has shape {tuple(shift.shape)}; expected one element, or ({n},) for a diagonal")
         else:
-            self._core = InverseRoot(wide(factor), shift, self.dtype)
+            self._core = InverseRoot(wide(factor), shift, self.dtype, own=own)
             self.factor, self.noise = self._core.factor, self._core.shift_
 
     def _matmat(self, X: Tensor) -> Tensor:
@@ -82,8 +85,8 @@ class LowRankPreconditioner(Preconditioner):
         out = n * noise.log() if self._scale is None else 2 * self._scale.log().sum()
         if r:
             with full_precision():
-                gram = torch.eye(r, dtype=F.dtype, device=F.device) + (F.mH @ F) / noise
-                out = out + 2 * torch.linalg.cholesky(gram).diagonal().real.log().sum()
+                M = torch.eye(r, dtype=F.dtype, device=F.device) + gram(F) / noise
+                out = out + 2 * torch.linalg.cholesky(M).diagonal().real.log().sum()
         return out.to(self.dtype.to_real())
 
     @torch.no_grad()

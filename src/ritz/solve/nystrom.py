@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import OperandError
 from ..numerics import full_precision
 from ..operators import LinearOperator
+from .factor import factor_of_columns
 from .lowrank import LowRankPreconditioner
 from .pivoting import Selection, greedy, random_blocks
 from .root import Shift, wide
@@ -76,13 +77,15 @@ class _Pivoted(ABC):
             beside = None if noise is None else noise_values(noise, n, K.device)
             pivots, C, left = self._select(K, beside)
         if torch.is_grad_enabled():
+            del C  # before the same ones on a graph are there: a quarter of what the factor takes
             with full_precision():
                 C = K.columns(pivots)
         factor, pivots = factor_of_columns(C, pivots)
+        del C
         if noise is None:
             mean = float(K.diagonal().detach().real.mean()) if n else 1.0
             noise = max(left / max(n, 1), torch.finfo(K.dtype).eps * mean)
-        P = LowRankPreconditioner(factor, noise, K.dtype)
+        P = LowRankPreconditioner(factor, noise, K.dtype, own=True)
         P.pivots = pivots
         return P
 
@@ -226,21 +229,7 @@ class Nystrom(_Ranked):
             diagonal = K.diagonal().detach().real.double()
             left = float((diagonal - (factor.detach().abs() ** 2).sum(1)).clamp(min=0).mean())
             noise = max(left, torch.finfo(K.dtype).eps * float(diagonal.mean()))
-        return LowRankPreconditioner(factor, noise, K.dtype)
-
-
-def factor_of_columns(C: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor]:
-    """F = C L⁻ᴴ with L Lᴴ = C[pivots], so that F Fᴴ = K[:, S] K[S, S]⁻¹ K[S, :]; differentiable in C.
-
-    In double precision whatever C is; where rounding exhausts K[S, S], its leading definite part is kept.
-    """
-    with full_precision():
-        W = wide(C)
-        S = W[pivots]
-        L, order = torch.linalg.cholesky_ex((S + S.mH) / 2)
-        if int(order) > 0:
-            return factor_of_columns(C[:, : int(order) - 1], pivots[: int(order) - 1])
-        return torch.linalg.solve_triangular(L.mH, W, upper=True, left=False), pivots
+        return LowRankPreconditioner(factor, noise, K.dtype, own=True)
 
 
 def _enough(rank: int | None, noise: Tensor | None) -> float:

@@ -30,7 +30,7 @@ class Selection(NamedTuple):
 
 
 class _State:
-    """The partial factor F (stored by rows), and the diagonal of K − F Fᴴ."""
+    """The partial factor F and the columns of K that it is made of, both by rows, and the diagonal of K − F Fᴴ."""
 
     def __init__(self, diagonal: Tensor, rank: int, dtype: torch.dtype) -> None:
         n = diagonal.shape[0]
@@ -43,11 +43,11 @@ class _State:
                 f"{float(self.d.min()):.3g}: drop psd=True, or check which multiple of the identity belongs to A"
             )
         self.d.clamp_(min=0.0)
-        self.rows = torch.zeros(
+        self.rows = torch.empty(
             min(rank, n), n, dtype=torch.promote_types(dtype, torch.float64), device=diagonal.device
         )
         self.pivots: list[int] = []
-        self.columns: list[Tensor] = []
+        self.columns: Tensor | None = None
 
     def done(self, enough: float) -> bool:
         """Whether the rank is used up, K is exhausted, or the trace left over is at most ``enough``."""
@@ -62,16 +62,19 @@ class _State:
     def append(self, pivots: Tensor, C: Tensor, G: Tensor) -> None:
         """Take further pivots; G (n, k) are the new columns of F."""
         r = len(self.pivots)
+        if self.columns is None:
+            self.columns = torch.empty(self.rows.shape, dtype=C.dtype, device=C.device)
+        self.columns[r : r + C.shape[1]] = C.mT
         self.rows[r : r + G.shape[1]] = G.mT
         self.d -= (G.abs() ** 2).sum(1)
         self.d.clamp_(min=0.0)
         self.d[pivots] = 0.0
         self.pivots += pivots.tolist()
-        self.columns.append(C)
 
     def result(self, dtype: torch.dtype) -> Selection:
         n, device = self.d.shape[0], self.d.device
-        C = torch.cat(self.columns, 1) if self.columns else torch.zeros(n, 0, dtype=dtype, device=device)
+        empty = torch.zeros(n, 0, dtype=dtype, device=device)
+        C = empty if self.columns is None else self.columns[: len(self.pivots)].mT
         return Selection(torch.tensor(self.pivots, dtype=torch.long, device=device), C, float(self.d.sum()))
 
 

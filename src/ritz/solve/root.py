@@ -7,12 +7,13 @@ docs/derivations/preconditioning.md has the formulas.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import DomainError
-from ..numerics import full_precision, unwrap
+from ..numerics import full_precision, has_tangent, in_transform, unwrap
 from ..operators import LinearOperator
 from ..operators.base import Gradients
 from ..pairing import product
@@ -49,18 +50,23 @@ class InverseRoot(LinearOperator):
         factor: F (n, r), double precision.
         shift: σ² > 0, a number or a tensor of one element. Both are copied: the operator stays what it was made from.
         dtype: of the operator; that of the factor by default.
+        own: F is nobody else's, and is kept without a copy.
 
-    Cost: a product with k vectors 4 n r k operations, set-up 4 n r²; n r numbers in double precision.
+    Cost: a product with k vectors 4 n r k operations, set-up 4 n r²; 2 n r numbers in double precision, F and Q of
+    F = QR (F R⁻¹ in place of Q would lose what the condition of F is).
     Gradient: F and σ²; the first derivative by the pairing, further ones by Newton's iteration for the root.
     """
 
-    def __init__(self, factor: Tensor, shift: Shift, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, factor: Tensor, shift: Shift, dtype: torch.dtype | None = None, *, own: bool = False
+    ) -> None:
         n = factor.shape[0]
         super().__init__((n, n), dtype or factor.dtype, factor.device, psd=True)
         value = float(unwrap(shift).detach() if isinstance(shift, Tensor) else shift)
         if not 0 < value < float("inf"):
             raise DomainError(f"a low-rank preconditioner needs a shift σ² > 0; got {value:.3g}: build(A, shift=...)")
-        self.factor, self.shift_ = frozen(factor), frozen(shift) if isinstance(shift, Tensor) else shift
+        self.factor = factor if own else frozen(factor)
+        self.shift_ = frozen(shift) if isinstance(shift, Tensor) else shift
         with torch.no_grad(), full_precision():
             self._Q, R = torch.linalg.qr(wide(unwrap(factor).detach()))
             self._u, s, self._wh = torch.linalg.svd(R, full_matrices=False)
@@ -131,13 +137,37 @@ class InverseRoot(LinearOperator):
             N = self.singular.unsqueeze(1) * self._wh  # Uᴴ F
             to_L, to_Q = b.mH @ (far * N), a.mH @ (far * N)
             inside_U = (near * (M + M.mH)) @ N - a @ to_L - b @ to_Q
-            grads = [(L @ to_L + Q @ to_Q + self.spread(inside_U)).to(self.factor.dtype)]
+            to_F = self.spread(inside_U).addmm_(L, to_L).addmm_(Q, to_Q)  # n r numbers: one array of them
+            grads = [to_F.to(self.factor.dtype)]
         if isinstance(self.shift_, Tensor):
             inside = M.diagonal().real
             outside = (L * Q.conj()).real.sum() - inside.sum()
             value = -0.5 * ((inside / root**3).sum() + outside / sigma**3)
             grads.append(value.to(self.shift_.dtype).reshape(self.shift_.shape))
         return tuple(grads)
+
+
+def gram(F: Tensor) -> Tensor:
+    """FᴴF, differentiable to any order."""
+    return F.mH @ F if in_transform() or has_tangent(F) else _Gram.apply(F)
+
+
+class _Gram(torch.autograd.Function):
+    """FᴴF, with F (Ḡ + Ḡᴴ) for a gradient: one array like F where autograd's own rule makes three."""
+
+    @staticmethod
+    def forward(F: Tensor) -> Tensor:
+        return F.mH @ F
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, G: Tensor) -> Tensor:
+        (F,) = ctx.saved_tensors
+        out: Tensor = F @ (G + G.mH)
+        return out
 
 
 class Preconditioned(LinearOperator):

@@ -81,6 +81,25 @@ def test_function_transforms(structure: Structure) -> None:
     close(derivative, structure.matmul(tangent, X))  # K is linear in its stored numbers
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hierarchical 15 15", "block 4", "upper of triangular and Toeplitz"])
+def test_compiled_functions_are_one_graph(name: str) -> None:
+    for function, operands in functions(STRUCTURES[name], 34).values():
+        torch._dynamo.reset()
+        with torch.no_grad():
+            close(torch.compile(function, backend="eager", fullgraph=True)(*operands), function(*operands))
+
+
+@structures
+def test_results_stay_on_the_device_of_the_operands(structure: Structure) -> None:
+    for d in (5, 34, 700):  # the meta device has shapes alone, and refuses to mix with others
+        for function, operands in functions(structure, d).values():
+            result = function(*(t.to("meta") for t in operands))
+            assert result.device.type == "meta"
+            assert d == 700 or result.shape == function(*operands).shape
+        assert structure.identity(d, dtype=torch.float64, device="meta").device.type == "meta"
+
+
 # Two units in the last place of bfloat16 (2⁻⁸ each); in single precision the rounding of sums of up to 200² terms.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 
