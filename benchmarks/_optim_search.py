@@ -198,7 +198,7 @@ def train(job: dict) -> dict:
     torch.set_num_threads(1)
     began, cpu = time.monotonic(), 0.0
     steps = job["steps"]
-    task = make(job["task"], job["data"], job["seed"], getattr(torch, job["dtype"]), job["quick"])
+    task = make(job["task"], job["data"], job["seed"], getattr(torch, job["dtype"]), job["quick"], job["few"])
     optimizers = build(job["family"], job["structures"], task, job["settings"])
     groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     stream = task.batches(torch.Generator().manual_seed(job["seed"] + 1))

@@ -251,7 +251,8 @@ def bf16_table(result: dict) -> list[str]:
             )
     head = "optimizer | task | steps | lost | training loss, float32 | bfloat16 | accuracy or metric, float32"
     head += " | bfloat16 | worse by | state MiB, float32 | bfloat16"
-    remark = "Model, factors and momentum in bfloat16, tuned settings of float32; losses are computed in float32."
+    remark = "Model, factors and momentum in bfloat16, tuned settings of float32; losses are computed in float32. "
+    remark += "gcn: the 256 most frequent words only, in both dtypes."
     return ["## bfloat16", "", remark, "", *table(head, rows)] if rows else []
 
 
@@ -367,7 +368,7 @@ def summary_figure(compared: dict[str, dict[str, dict[str, Any]]], path: Path) -
         ax.grid(alpha=0.3, axis="y")
     axes[0].axhline(STEPS_BAR, color="0.3", linestyle="--", linewidth=1)
     axes[1].axhline(1.0, color="0.3", linestyle=":", linewidth=1)
-    axes[1].set_yscale("log")
+    axes[1].set(yscale="log", ylim=(0.1, None))
     axes[2].set_yscale("log")
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[n]) for n in names]
     fig.legend(handles, names, fontsize=9, ncols=len(names), loc="lower center")

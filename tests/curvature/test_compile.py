@@ -42,9 +42,13 @@ PROBLEMS = {
 }
 
 
+ORDERS = ("hooks first", "compile first", "the compiled model is given", "module.compile")
+CASES = [(order, "eager") for order in ORDERS] + [(order, "aot_eager") for order in ORDERS[:2]]
+CASES += [pytest.param(order, "aot_eager", marks=pytest.mark.slow) for order in ORDERS[2:]]
+
+
 @pytest.mark.parametrize("problem", PROBLEMS)
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("order", ["hooks first", "compile first", "the compiled model is given", "module.compile"])
+@pytest.mark.parametrize(("order", "backend"), CASES)
 def test_compiled_models_have_the_same_statistics(problem, backend, order):
     build, inputs = PROBLEMS[problem]
     x = inputs()

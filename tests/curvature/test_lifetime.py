@@ -134,14 +134,13 @@ def resident():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads /proc")
-@pytest.mark.parametrize("rule", [KFAC, SINGD])
-@pytest.mark.parametrize("interval", [1, 7])
+@pytest.mark.parametrize(("rule", "interval"), [(KFAC, 1), (SINGD, 7)])
 def test_memory_is_flat(rule, interval):
-    """A leak of the rows of one step in each of 200 would be more than 100 MB."""
+    """A leak of the rows of one step in each of 200 would be more than 40 MB."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(inplace=True), nn.Linear(16, 8), nn.LayerNorm(8))
     optimizer = rule(model, lr=1e-4, structures=Dense(), update_interval=interval)
-    x = torch.randn(4096, 16)
+    x = torch.randn(1024, 16)
 
     def run(steps):
         for _ in range(steps):
@@ -159,4 +158,4 @@ def test_memory_is_flat(rule, interval):
     second = run(200)
     assert second[:2] == first[:2]
     assert second[2] - first[2] < 100  # one object kept a step would be 200
-    assert resident() - before < 20e6
+    assert resident() - before < 15e6

@@ -185,3 +185,31 @@ def test_low_precision_statistics_are_summed_in_float32():
     for name, pair in expected.items():
         assert all(own.dtype == torch.bfloat16 for own in found[name])
         assert all(close(own.double(), other, 0.05) for own, other in zip(found[name], pair))
+
+
+@pytest.mark.parametrize("kind", ["self", "cross", "different"])
+def test_packed_projections_of_attention(kind):
+    """Rows of a packed weight that a projection does not use have a zero gradient; all projections count as inputs."""
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(4, 1, batch_first=True).double()
+    q, k, v = torch.randn(2, 3, 4).double(), torch.randn(2, 5, 4).double(), torch.randn(2, 5, 4).double()
+    k, v = (q, q) if kind == "self" else (k, k) if kind == "cross" else (k, v)
+    optimizer = kfac(model)
+    loss_of(model(q, k, v)[0], 0.0).backward()
+    projected = [x @ W.T + b for x, W, b in zip((q, k, v), model.in_proj_weight.chunk(3), model.in_proj_bias.chunk(3))]
+    mixed = torch.softmax(projected[0] @ projected[1].mT / 2, -1) @ projected[2]
+    f = model.out_proj(mixed)  # called as a module, which the library does not watch
+    *g, g_out = torch.autograd.grad(loss_of(f, 0.0), [*projected, f])
+    gradients = [F.pad(part, (4 * i, 8 - 4 * i)) for i, part in enumerate(g)]
+    inputs = [q, k, v]
+    if kind == "self":
+        inputs, gradients = [q], [sum(gradients)]
+    elif kind == "cross":  # keys and values are one product
+        inputs, gradients = [q, k], [gradients[0], gradients[1] + gradients[2]]
+    pairs = [kronecker(a, row, scale=2.0) for a, row in zip(inputs, gradients)]
+    rows = [a.shape[1] for a in inputs]
+    found = factors(optimizer)
+    assert close(found["in_proj_weight"][0], sum(m * A for m, (A, _) in zip(rows, pairs)) / sum(rows))
+    assert close(found["in_proj_weight"][1], sum(B for _, B in pairs))
+    A, B = kronecker(mixed, g_out, scale=2.0)
+    assert close(found["out_proj"][0], A) and close(found["out_proj"][1], B)

@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 from tests.gp.problems import data, process
+from tests.memory import peak_of
 
 from ritz import CG, Hutchinson, Lanczos
 from ritz.kernels import NumbaTiles, Stored
@@ -12,17 +13,6 @@ from ritz.kernels.stored import StoredOperator
 from ritz.solve import RandomlyPivotedCholesky
 
 METHOD = {"solver": CG(rtol=1e-3), "logdet": (Hutchinson(10), Lanczos(rtol=1e-3))}
-
-
-def peak_of(run):
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    held = peak = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
 
 
 def stored_matrices():

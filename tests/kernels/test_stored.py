@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from tests.kernels.formulas import direct, points
+from tests.memory import peak_of
 
 from ritz.kernels import (
     RBF,
@@ -38,17 +39,6 @@ def threads(number):
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def peak_of(run):
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    held = peak = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
 
 
 def test_choice_for_repeated_products():

@@ -130,9 +130,10 @@ def test_embedding_has_the_diagonal_of_token_counts(inverse):
 
 
 @pytest.mark.parametrize("structures", [Dense(), Diagonal()], ids=["dense", "diagonal"])
-def test_a_singular_factor_warns_and_leaves_finite_parameters(structures):
+@pytest.mark.parametrize("inverse", [Inverse(), Eigen()], ids=["inverse", "eigen"])
+def test_a_singular_factor_warns_and_leaves_finite_parameters(structures, inverse):
     model = perceptron(5, 4, 3, seed=1)
-    optimizer = KFAC(model, 0.01, damping=0.0, structures=structures, update_interval=1)
+    optimizer = KFAC(model, 0.01, damping=0.0, structures=structures, inverse=inverse, update_interval=1)
     X, Y = batch(0)
     X[:, 2] = 0.0  # an input that is always off: a zero row and column of A
     loss_of(model(X), Y).backward()
@@ -142,10 +143,11 @@ def test_a_singular_factor_warns_and_leaves_finite_parameters(structures):
 
 
 @pytest.mark.parametrize("rows", [3, 5], ids=["fewer rows than columns", "one row less"])
-def test_a_factor_of_few_rows_warns_too(rows):
+@pytest.mark.parametrize("inverse", [Inverse(), Eigen()], ids=["inverse", "eigen"])
+def test_a_factor_of_few_rows_warns_too(rows, inverse):
     """Rounding makes the zero eigenvalues of such a factor positive or negative at random."""
     model = perceptron(5, 3, seed=1)  # with the bias, A is 6×6
-    optimizer = KFAC(model, 0.01, damping=0.0, update_interval=1)
+    optimizer = KFAC(model, 0.01, damping=0.0, inverse=inverse, update_interval=1)
     X, Y = batch(0, n=rows)
     before = [p.detach().clone() for p in model.parameters()]
     loss_of(model(X), Y).backward()

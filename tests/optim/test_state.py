@@ -35,13 +35,15 @@ def tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
 
 
-def resumed(make: Any, dtype: torch.dtype, first: int = 4, rest: int = 5) -> tuple[Net, Net, Any, Any]:
+def resumed(
+    make: Any, dtype: torch.dtype, first: int = 4, rest: int = 5, other: int = 0
+) -> tuple[Net, Net, Any, Any]:
     """An uninterrupted run, and one that was saved and loaded into fresh objects: models and optimizers."""
     whole, part, fresh = Net(dtype=dtype), Net(dtype=dtype), Net(seed=9, dtype=dtype)
     optimizers = [make(m) for m in (whole, part, fresh)]
     train(whole, optimizers[0], first + rest)
     train(part, optimizers[1], first)
-    train(fresh, optimizers[2], 2)  # a state to be replaced
+    train(fresh, optimizers[2], other)  # a state to be replaced
     fresh.load_state_dict(saved(part))
     optimizers[2].load_state_dict(saved(optimizers[1]))
     train(fresh, optimizers[2], rest, start=first)
@@ -55,6 +57,14 @@ def test_resumed_is_uninterrupted(name, settings):
     assert identical(whole, fresh)
     assert all(torch.equal(a, b) for a, b in zip(tensors(old), tensors(new), strict=True))
     assert not identical(whole, Net())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_resumed_in_place_of_another_run(name):
+    """Loaded into an optimizer that has a state, cached products and another phase."""
+    make = lambda m: OPTIMIZERS[name](m, 0.02, update_interval=3, row_form=False)
+    whole, fresh, _, _ = resumed(make, torch.float64, other=2)
+    assert identical(whole, fresh)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -72,6 +72,7 @@ CASES = {
     "no riemannian momentum": {"normalize": True, "lr_cov": 0.5, "riemannian_momentum": 0.0},
     "sum": {"normalize": False, "lr_cov": 0.01, "reduction": "sum"},
     "every second step": {"normalize": False, "lr_cov": 0.05, "update_interval": 2},
+    "between counts": {"normalize": False, "lr_cov": 0.05},  # the layer, which counts the terms, updates more rarely
 }
 
 
@@ -83,7 +84,9 @@ def test_the_diagonal_rule_is_its_loop(name):
     alpha, damping, n = settings["riemannian_momentum"], 0.01, 8
     model = Vectors()
     lr = 0.02 if settings["reduction"] == "mean" else 0.002
-    optimizer = SINGD(model, lr, damping=damping, momentum=0.9, **settings)
+    interval = 4 if name == "between counts" else settings["update_interval"]
+    groups = [{"params": model.linear.parameters(), "update_interval": interval}, {"params": vectors(model)}]
+    optimizer = SINGD(groups, lr, model=model, damping=damping, momentum=0.9, **settings)
     loop = {p: [p.detach().clone(), *(torch.full_like(p, x) for x in (1.0, 0.0, 0.0))] for p in vectors(model)}
     for step in range(10):
         X, Y = batch(step, n)
@@ -126,6 +129,19 @@ def test_kfac_divides_by_the_running_square():
             S[p] = 0.8 * S[p] + 0.2 * 8 * p.grad**2
             want = before[p] - 0.02 * p.grad / (S[p] / (1 - 0.8 ** (step + 1)) + 0.1)
             assert bool((p - want).abs().max() <= 1e-13)
+
+
+def test_kfac_without_damping_leaves_entries_without_a_gradient():
+    """0/0 is no step."""
+    model = Vectors()
+    optimizer = KFAC(model, 0.02, damping=1e-3, update_interval=1)
+    optimizer.param_groups[0]["damping"] = 0.0
+    model.linear.requires_grad_(False)
+    (model.scale[:2].square().sum() + 0.0 * model.scale[2]).backward()
+    before = model.scale.detach().clone()
+    optimizer.step()
+    assert torch.equal(model.scale[2], before[2]) and bool((model.scale[:2] != before[:2]).all())
+    assert bool(torch.isfinite(model.scale).all())
 
 
 def test_a_vector_is_trained_as_a_diagonal_matrix_layer():

@@ -12,7 +12,8 @@ from .discover import Site
 
 # Which backward pass runs in this thread; -1 outside of any.
 backward_pass: Callable[[], int] = torch._C._current_graph_task_id
-_graph_is_kept: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
+# Where torch does not tell, inputs stay as long as the graph.
+_graph_is_kept: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 class Pending:

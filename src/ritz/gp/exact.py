@@ -209,6 +209,7 @@ class ExactGP(nn.Module):
 
         Cost: n³ operations and a few n² numbers on the dense path. Iterative: one block product of m + p columns per
             Lanczos step and (m + p)·k·n numbers for the basis; the gradient is one pairing of width about 10 (m + p).
+            Beside the stored matrix a preconditioner of rank r takes 2 n r numbers in double precision, 4 in backward.
         Gradient: in X, y, the parameters of noise, kernel and mean; first order, any order on the dense path.
         Reference: docs/derivations/kernels.md; one block for both terms as in Gardner et al., GPyTorch, 2018.
         """

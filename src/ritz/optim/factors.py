@@ -1,4 +1,4 @@
-"""The factors of several layers at once, and K Kᵀ applied: by one product where the structure has a form, else by two."""
+"""The factors of several layers at once, and K Kᵀ applied: by one product where there is a form of it, else by two."""
 
 from __future__ import annotations
 

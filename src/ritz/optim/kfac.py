@@ -179,13 +179,7 @@ class KFAC(CurvatureOptimizer):
         for side, name in enumerate(("A⁻¹", "B⁻¹")):
             found = damped_inverse(layer.structures[side], S[side], layer.sizes[side], damping[side])
             if found is None:
-                which = ("input", "output")[side]
-                warnings.warn(
-                    f"KFAC: the {which} factor of {layer.name} has no inverse at damping {damping[side]:.1e}, in "
-                    "float64 either; the identity is used in its place: raise damping",
-                    ConvergenceWarning,
-                    stacklevel=6,
-                )
+                singular(layer, side, f"{damping[side]:.1e}, in float64 either")
                 found = layer.structures[side].identity(layer.sizes[side], dtype=S[side].dtype, device=S[side].device)
             layer.cache[name] = found.to(dtype)
 
@@ -213,11 +207,22 @@ class KFAC(CurvatureOptimizer):
                 old = state["S"].to(wide) if "S" in state else group["start"] * torch.ones_like(g)
                 state["S"] = (rho * old + (1.0 - rho) * terms * g.square()).to(dtype)
                 state["updates"] = state.get("updates", 0) + 1
-            S: Any = 1.0  # before the first update, as for matrices
+            S = torch.ones_like(g)  # before the first update, as for matrices
             if "S" in state:
                 S = state["S"].to(wide) / (1.0 - (rho ** state["updates"] if group["start"] == 0 else 0.0))
-            natural.append((g / (S + group["damping"])).to(p.dtype))
+            S = S + group["damping"]
+            natural.append((g / S.where(S > 0, 1.0)).to(p.dtype))  # an entry that never had a gradient, without damping
         return natural
+
+
+def singular(layer: MatrixLayer, side: int, damping: str) -> None:
+    """Say that a factor cannot be inverted."""
+    warnings.warn(
+        f"KFAC: the {('input', 'output')[side]} factor of {layer.name} has no inverse at damping {damping}; the "
+        "identity is used in its place: raise damping",
+        ConvergenceWarning,
+        stacklevel=7,
+    )
 
 
 def damped_inverse(structure: Structure, S: Tensor, d: int, damping: float) -> Tensor | None:
@@ -240,12 +245,20 @@ def eigen_apply(optimizer: KFAC, layer: MatrixLayer, G: Tensor) -> Tensor:
     """Damping on the product of eigenvalues; diagonal factors are their own eigenvalues."""
     damping = optimizer.param_groups[layer.group]["damping"]
     if "l_A" not in layer.cache:
-        for structure, S, d, name in zip(layer.structures, optimizer._running(layer), layer.sizes, "AB"):
+        for side, S in enumerate(optimizer._running(layer)):
+            structure, d, name = layer.structures[side], layer.sizes[side], "AB"[side]
+            eigenvalues, Q = S, None
             if isinstance(structure, Dense):
                 M = structure.to_dense(S, d)
-                layer.cache["l_" + name], layer.cache["Q_" + name] = torch.linalg.eigh(0.5 * (M + M.mT))
-            else:
-                layer.cache["l_" + name] = S
+                eigenvalues, Q = torch.linalg.eigh(0.5 * (M + M.mT))
+            # Damping of the product covers zeros of both factors; without it they are rounding errors of either sign.
+            zero = d * torch.finfo(S.dtype).eps * eigenvalues.max()
+            if damping == 0 and bool((eigenvalues <= zero).any()):
+                singular(layer, side, "0")
+                eigenvalues, Q = torch.ones_like(eigenvalues), None
+            layer.cache["l_" + name] = eigenvalues
+            if Q is not None:
+                layer.cache["Q_" + name] = Q
     l_A, l_B, Q_A, Q_B = (layer.cache.get(k) for k in ("l_A", "l_B", "Q_A", "Q_B"))
     assert l_A is not None and l_B is not None
     N = G.to(l_A.dtype)

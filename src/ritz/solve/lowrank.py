@@ -37,9 +37,7 @@ class LowRankPreconditioner(Preconditioner):
         DomainError: a shift, or an entry of D, that is not positive.
     """
 
-    def __init__(
-        self, factor: Tensor, shift: Shift, dtype: torch.dtype | None = None, *, own: bool = False
-    ) -> None:
+    def __init__(self, factor: Tensor, shift: Shift, dtype: torch.dtype | None = None, *, own: bool = False) -> None:
         n = factor.shape[0]
         super().__init__((n, n), dtype or factor.dtype, factor.device, psd=True)
         self.noise: Shift

@@ -114,7 +114,7 @@ class PivotedCholesky(_Ranked, _Pivoted):
             trace that is left over has fallen below σ².
 
     Cost: r columns one by one, and the diagonal, of K (r columns once more where gradients are wanted), O(n r²)
-    arithmetic, 3 n r numbers in double precision.
+    arithmetic; 2 n r numbers in double precision, up to 3 while pivots are chosen, 2 more while a gradient is made.
     Gradient: pivots fixed, entries of the columns K[:, S] and σ² on the graph.
     Reference: Harbrecht, Peters, Schneider, On the low-rank approximation by the pivoted Cholesky decomposition, 2012.
     """

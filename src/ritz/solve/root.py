@@ -57,9 +57,7 @@ class InverseRoot(LinearOperator):
     Gradient: F and σ²; the first derivative by the pairing, further ones by Newton's iteration for the root.
     """
 
-    def __init__(
-        self, factor: Tensor, shift: Shift, dtype: torch.dtype | None = None, *, own: bool = False
-    ) -> None:
+    def __init__(self, factor: Tensor, shift: Shift, dtype: torch.dtype | None = None, *, own: bool = False) -> None:
         n = factor.shape[0]
         super().__init__((n, n), dtype or factor.dtype, factor.device, psd=True)
         value = float(unwrap(shift).detach() if isinstance(shift, Tensor) else shift)
