@@ -14,7 +14,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from ritz.optim import SINGD, EarlyDense
+from ritz.optim import SINGD, EarlyDense, KLClip
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--out", type=Path, default=Path("out"))
@@ -22,8 +22,8 @@ out, steps = parser.parse_args().out, 150 if os.environ.get("RITZ_SMALL") == "1"
 images = torch.tensor(load_digits().data / 16, dtype=torch.float32)
 held_out, images = images[:300], images[300:]
 optimizers = {
-    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0),
-    "SINGD": lambda model: SINGD(model, lr=0.05, damping=1e-4, update_interval=EarlyDense(10)),
+    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0),
+    "SINGD": lambda model: SINGD(model, lr=0.03, update_interval=EarlyDense(10), clip=KLClip(1e-2)),
 }
 
 
