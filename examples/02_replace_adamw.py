@@ -19,11 +19,12 @@ from ritz.optim import SINGD, EarlyDense, KLClip
 parser = argparse.ArgumentParser()
 parser.add_argument("--out", type=Path, default=Path("out"))
 out, steps = parser.parse_args().out, 150 if os.environ.get("RITZ_SMALL") == "1" else 600
+torch.set_num_threads(1)  # layers this small are slower on several
 images = torch.tensor(load_digits().data / 16, dtype=torch.float32)
 held_out, images = images[:300], images[300:]
 optimizers = {
     "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0),
-    "SINGD": lambda model: SINGD(model, lr=0.03, update_interval=EarlyDense(10), clip=KLClip(1e-2)),
+    "SINGD": lambda model: SINGD(model, lr=0.1, lr_cov=0.05, update_interval=EarlyDense(10), clip=KLClip(3e-3)),
 }
 
 

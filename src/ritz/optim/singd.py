@@ -39,8 +39,9 @@ class SINGD(CurvatureOptimizer):
 
     Args:
         model_or_params: the model; or parameters or group dictionaries, with ``model=``. A group may have any argument
-            down to ``row_form`` as a key, except ``statistics``. Matrices get Kronecker factors, norms and other vectors a diagonal factor, and what no rule
-            covers is trained by ``fallback`` in a parameter group of its own: see ``report()``.
+            down to ``row_form`` as a key, except ``statistics``. Matrices get Kronecker factors, norms and other
+            vectors a diagonal factor, and what no rule covers is trained by ``fallback`` in a parameter group of its
+            own: see ``report()``.
         lr: step size β₂. Schedulers act on it.
         momentum: α₂, without dampening.
         damping: λ, added to A and B.
