@@ -47,8 +47,9 @@ class SINGD(CurvatureOptimizer):
         damping: λ, added to A and B.
         riemannian_momentum: α₁, of the factors' updates. 0 keeps no m.
         lr_cov: step size β₁ of the factors; a number or a callable of the step.
-        normalize: c = (1 − α₁)/2, and β₁ divided by max(1, largest entry of m): I − β₁ m stays invertible. False: c
-            = 1/2, as in the paper; lr_cov of 0.05 and more then diverges on small networks.
+        normalize: c = (1 − α₁)/2, and β₁ divided by max(1, largest entry of m). That bounds the change of an entry, not
+            the norm of β₁ m: with wide dense factors stay at lr_cov ≤ 0.1, or clip. False: c = 1/2, as in the paper;
+            lr_cov of 0.05 and more then diverges on small networks.
         second_order: I − β₁m + (β₁m)²/2 instead of I − β₁m.
         adaptive: False leaves out the traces of the other factor (IKFAC).
         update_interval: an int, :class:`~ritz.optim.EarlyDense`, or a callable step -> bool.
