@@ -26,7 +26,7 @@ from ritz.methods import Auto
 
 SUMS = {
     "one": lambda: Matern(1.5, 3),
-    "scaled": lambda: 2.0 * (0.5 * RationalQuadratic(3)),
+    "scaled": lambda: 2.0 * (0.7 * RationalQuadratic(3)),
     "sum": lambda: RBF() + 0.5 * Matern(2.5) + 3.0 * Periodic(3, period_length=4.0),
 }
 
@@ -134,7 +134,7 @@ def test_columns_leave_nothing_of_their_size_on_the_graph(kernel):
 
 COLUMNS = {
     "matern": (Matern(1.5, 3), False),  # the plain formula has no second derivative at equal points
-    "scaled": (2.0 * (0.5 * RationalQuadratic(3)), True),
+    "scaled": (2.0 * (0.7 * RationalQuadratic(3)), True),
     "product": (RBF(3) * RationalQuadratic(), True),
     "periodic": (Periodic(3, period_length=4.0), True),
     "rectangular product": (RBF(3) * Matern(2.5), False),
