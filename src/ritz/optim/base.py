@@ -94,7 +94,13 @@ class CurvatureOptimizer(Stateful, torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def vector_step(
-        self, vectors: list[nn.Parameter], gradients: list[Tensor], group: dict, terms: float, due: bool
+        self,
+        vectors: list[nn.Parameter],
+        gradients: list[Tensor],
+        group: dict,
+        settings: Settings,
+        terms: float,
+        due: bool,
     ) -> list[Tensor]:
         """Natural gradients of parameters with a diagonal factor each; ``terms`` scales g² to a sum over loss terms."""
 
@@ -234,7 +240,7 @@ class CurvatureOptimizer(Stateful, torch.optim.Optimizer, ABC):
             if settings is None:
                 adamw_step(self, group)
                 continue
-            moves = [*self._matrix_moves(index, group), *self._vector_moves(index, group, terms)]
+            moves = [*self._matrix_moves(index, group), *self._vector_moves(index, group, settings, terms)]
             if settings.clip is not None and moves:
                 clip(moves, settings.clip, float(group["lr"]))
             for move in moves:
@@ -284,13 +290,14 @@ class CurvatureOptimizer(Stateful, torch.optim.Optimizer, ABC):
                 moves += [Move(*item) for item in zip(batch, found, own)]
         return moves
 
-    def _vector_moves(self, index: int, group: dict[str, Any], terms: float) -> list[Move]:
+    def _vector_moves(self, index: int, group: dict[str, Any], settings: Settings, terms: float) -> list[Move]:
         """Natural gradients of the vectors of a group."""
         ready = [p for p in self._vectors[index] if p.grad is not None]
         if not ready:
             return []
         gradients: list[Any] = [p.grad for p in ready]
-        found = self.vector_step(ready, gradients, group, terms if group["mean_loss"] else 1.0, self.due(index))
+        terms = terms if group["mean_loss"] else 1.0
+        found = self.vector_step(ready, gradients, group, settings, terms, self.due(index))
         return [Move(*item) for item in zip(ready, found, gradients)]
 
     def _move(self, move: Move, group: dict[str, Any]) -> None:

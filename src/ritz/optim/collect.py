@@ -75,10 +75,11 @@ class Collector:
             else:
                 rows = layer.with_bias(sharing.inputs(a))
                 layer.sums.add_inputs(optimizer.whiten(layer, 0, rows), rows.shape[0])
-        if self._scaled and optimizer._scale.known is not None:
+        scale = optimizer._scale.known(optimizer.param_groups[layer.group]["step"]) if self._scaled else None
+        if scale is not None:
             # Before the outer product: the square of a scale of 2¹⁶ would leave the range of half precision. And not in
             # half precision, where the gradients that the scale is there for would vanish.
-            g = g.to(torch.promote_types(g.dtype, torch.float32)) / optimizer._scale.known
+            g = g.to(torch.promote_types(g.dtype, torch.float32)) / scale
         # One-hot inputs cannot be averaged over positions, so both sides of an embedding are expanded.
         rows = g.flatten(0, 1) if isinstance(a, OneHot) else sharing.outputs(g)
         layer.sums.add_outputs(optimizer.whiten(layer, 1, rows))

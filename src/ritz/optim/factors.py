@@ -42,7 +42,7 @@ def apply_square(layers: list[MatrixLayer], side: int, X: Tensor, factor_of: Fac
 
 def _square(layer: MatrixLayer, side: int, structure: Structure, d: int, factor_of: FactorOf) -> Tensor:
     """K Kᵀ, kept with the layer until its factors change."""
-    name = "PKC"[1 + side]
+    name = ("P_K", "P_C")[side]
     if name not in layer.cache:
         K = factor_of(layer, side)
         squared = structure.square(K.to(torch.promote_types(K.dtype, torch.float32)), d)

@@ -21,7 +21,6 @@ from .factors import stack, unstack
 from .groups import Plan, is_mean
 from .layer import MatrixLayer
 from .settings import AdamW, KLClip, NormClip, Schedule, Settings, Structures, schedule
-from .vectors import group_of
 
 
 @dataclass(frozen=True)
@@ -194,11 +193,15 @@ class KFAC(CurvatureOptimizer):
         return 1
 
     def vector_step(
-        self, vectors: list[nn.Parameter], gradients: list[Tensor], group: dict, terms: float, due: bool
+        self,
+        vectors: list[nn.Parameter],
+        gradients: list[Tensor],
+        group: dict,
+        settings: Settings,
+        terms: float,
+        due: bool,
     ) -> list[Tensor]:
         natural, rho = [], group["stat_decay"]
-        settings = self._settings[group_of(self, vectors[0])]
-        assert settings is not None
         for p, g in zip(vectors, gradients):
             state, dtype = self.state[p], settings.curvature_dtype or p.dtype
             wide = torch.promote_types(dtype, torch.float32)

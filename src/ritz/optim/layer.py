@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..curvature import OneHot, Site
+from ..curvature.layers import EmbeddingRule
 from ..curvature.statistics import Sums
 from ..operators.structured import Diagonal, Structure
 from .settings import Settings, choose
@@ -26,7 +27,7 @@ class MatrixLayer:
         self.rule, self.module = sites[0].rule, sites[0].module
         matrix = self.rule.to_matrix(self.module, self.weight.detach())
         self.d_out, self.d_in = matrix.shape[0], matrix.shape[1] + (bias is not None)
-        self.one_hot = self.rule.name == "embedding"
+        self.one_hot = isinstance(self.rule, EmbeddingRule)
         chosen = choose(settings.structures, self.d_in, self.d_out)
         # One-hot inputs have a diagonal factor; any other structure would have nothing to learn off the diagonal.
         self.structures: tuple[Structure, Structure] = (Diagonal(), chosen[1]) if self.one_hot else chosen

@@ -1,8 +1,7 @@
 """The row form: a natural gradient from the rows of a layer's inputs and output gradients, without its gradient.
 
 With G = gᵀ a over m rows, P_C G P_K = (P_C gᵀ)(P_K aᵀ)ᵀ. That costs m(d_K² + d_C²) + m d_K d_C multiplications for
-dense
-factors instead of d_C² d_K + d_C d_K²: less wherever the batch has fewer rows than the layer has columns.
+dense factors instead of d_C² d_K + d_C d_K²: less wherever the batch has fewer rows than the layer has columns.
 
 It is right only for the gradient that those rows make. ``.grad`` may have been clipped, unscaled, averaged over
 processes, or hold more than this layer's uses (a penalty on the weight). So one product with a fixed vector z compares

@@ -29,16 +29,14 @@ class LossScale:
                 f"grad_scale={source!r}; expected a positive number, a callable of the step, or a GradScaler"
             )
         self.source = source
-        self.step = 0
 
-    @property
-    def known(self) -> float | None:
-        """The scale of the backward pass that is running, where the source tells it."""
+    def known(self, step: int) -> float | None:
+        """The scale of the backward passes of this step, where the source tells it."""
         if self.source is None:
             return None
         if hasattr(self.source, "get_scale"):
             return float(self.source.get_scale())
-        return float(self.source(self.step)) if callable(self.source) else float(self.source)
+        return float(self.source(step)) if callable(self.source) else float(self.source)
 
     @staticmethod
     def found_inf(optimizer: CurvatureOptimizer) -> bool:
@@ -50,8 +48,7 @@ class LossScale:
         """Divide ``.grad`` where it is scaled; returns the scale that is still in the statistics (None: unknown)."""
         told = getattr(optimizer, "grad_scale", None)
         stepping = getattr(optimizer, "found_inf", None) is not None
-        known = self.known
-        self.step += 1
+        known = self.known(optimizer.param_groups[0]["step"])
         if told is None and known is not None and not hasattr(self.source, "get_scale"):
             told = known
         if told is not None and float(told) != 1.0:

@@ -22,7 +22,7 @@ from .factors import apply_square, has_square, stack, unstack
 from .groups import is_mean
 from .layer import MatrixLayer
 from .settings import AdamW, DenseBelow, KLClip, NormClip, Schedule, Settings, Structures, schedule
-from .vectors import factor_step, group_of
+from .vectors import factor_step
 
 
 class SINGD(CurvatureOptimizer):
@@ -187,10 +187,14 @@ class SINGD(CurvatureOptimizer):
         return structure.apply_cost(layer.sizes[side], width) * (1 if has_square(structure) else 2)
 
     def vector_step(
-        self, vectors: list[nn.Parameter], gradients: list[Tensor], group: dict, terms: float, due: bool
+        self,
+        vectors: list[nn.Parameter],
+        gradients: list[Tensor],
+        group: dict,
+        settings: Settings,
+        terms: float,
+        due: bool,
     ) -> list[Tensor]:
-        settings = self._settings[group_of(self, vectors[0])]
-        assert settings is not None
         if due:
             set_rate(settings, group)
         return factor_step(self, vectors, gradients, group, settings.curvature_dtype, terms, due)

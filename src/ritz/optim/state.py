@@ -31,7 +31,6 @@ class Stateful:
         for layer in self._layers:
             layer.cache.clear()
         self._forget()
-        self._scale.step = self.param_groups[0]["step"]
 
     def settle(self: CurvatureOptimizer, p: nn.Parameter, group: int) -> None:  # type: ignore[misc]
         """Let a parameter's state follow where the model was moved or cast; costs a comparison where it was not."""

@@ -51,8 +51,3 @@ def _update(state: dict, g: Tensor, group: dict, terms: float) -> None:
     rate = group["lr_cov"] / m.abs().max().clamp(min=1.0) if group["normalize"] and m.numel() else group["lr_cov"]
     change = rate * m
     state["K"].copy_(K * (1.0 - change + (change.square() / 2 if group["second_order"] else 0.0)))
-
-
-def group_of(optimizer: CurvatureOptimizer, p: nn.Parameter) -> int:
-    """The index of a vector's parameter group."""
-    return next(i for i, own in enumerate(optimizer._vectors) if any(q is p for q in own))
