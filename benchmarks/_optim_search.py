@@ -18,11 +18,13 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
     "AdamW": {"lr": (3e-4, 3e-2), "weight_decay": (1e-4, 1e-1)},
     "SGD": {"lr": (3e-3, 3e-1), "weight_decay": (1e-6, 1e-3)},
     "Muon": {"lr": (3e-4, 3e-2), "weight_decay": (1e-4, 1e-1)},
-    "KFAC": {"lr": (3e-4, 3e-2), "weight_decay": (1e-4, 1e-1), "damping": (1e-4, 1e-1), "lr_cov": (2e-2, 5e-1)},
-    "SINGD": {"lr": (3e-4, 3e-2), "weight_decay": (1e-4, 1e-1), "damping": (1e-4, 1e-1), "lr_cov": (2e-2, 5e-1)},
+    "KFAC": {"lr": (3e-4, 3e-2), "weight_decay": (1e-4, 1e-1), "damping": (3e-4, 1e-1), "lr_cov": (2e-2, 5e-1)},
+    "SINGD": {"lr": (3e-4, 3e-2), "weight_decay": (1e-4, 1e-1), "damping": (3e-4, 1e-1), "lr_cov": (2e-2, 5e-1)},
 }
 RANGES["IKFAC"] = RANGES["SINGD"]
 DRAWN = ("lr", "weight_decay", "damping", "lr_cov")
+CLIP = 1e-3  # the usual KL clip, of KFAC and SINGD
+FALLBACK_LR = 3e-3  # for what has no rule: the middle of AdamW's range
 MOMENTUM = 0.9  # of SGD, KFAC and SINGD; Muon keeps its default, Nesterov's 0.95
 POINTS, EVALUATIONS = 100, 10  # of a stored curve; tests during a run
 WINDOW = 0.1  # of the steps: losses are smoothed over it
@@ -61,9 +63,14 @@ VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "structures": [(name, {"structures": name, "lr_times": f}) for name in COMPARED for f in (1 / 3, 1.0, 3.0)],
     "schedule": [("every step", {"interval": 1}), ("every 10th", {"interval": 10}), ("early dense", {})],
     "normalisation": [
-        (f"{'normalised' if on else 'plain'}, lr_cov {rate:g}", {"normalize": on, "lr_cov": rate})
-        for on in (True, False)
-        for rate in (0.01, 0.05, 0.1, 0.5)
+        (f"{label}, lr_cov {rate:g}", {"normalize": name, "lr_cov": rate})
+        for name, label in (("spectral", "spectral norm"), ("entry", "largest entry"), ("none", "plain"))
+        for rate in (0.01, 0.1, 0.5)
+    ],
+    "start and clip": [
+        (f"start {start}, {'clipped' if clip else 'free'}", {"start": value, "clip": clip})
+        for start, value in (("from statistics", None), ("identity", 1.0))
+        for clip in (True, False)
     ],
 }
 
@@ -143,11 +150,15 @@ def build(family: str, structures: str | None, task: Any, chosen: dict[str, Any]
         "momentum": MOMENTUM, "damping": chosen["damping"], "weight_decay": decay,
         "update_interval": chosen.get("interval") or optim.EarlyDense(10),
         "num_loss_terms": PerPosition() if task.per_position else task.terms,
+        "clip": optim.KLClip(CLIP) if chosen.get("clip", True) else None,
+        "fallback": optim.AdamW(lr=FALLBACK_LR, weight_decay=decay),
     }  # fmt: skip
     if family == "KFAC":
         return [optim.KFAC(model, lr, stat_decay=1 - chosen["lr_cov"], inverse=optim.Inverse(), **shared)]
     kind = {"SINGD": optim.SINGD, "IKFAC": optim.IKFAC}[family]
-    shared |= {"lr_cov": chosen["lr_cov"], "normalize": chosen.get("normalize", True)}
+    measures = {"spectral": optim.SpectralNorm(), "entry": optim.LargestEntry(), "none": False}
+    shared |= {"lr_cov": chosen["lr_cov"], "normalize": measures[chosen.get("normalize", "spectral")]}
+    shared |= {"start": chosen.get("start")}
     return [kind(model, lr, structures=structure(chosen.get("structures") or structures or "dense"), **shared)]
 
 

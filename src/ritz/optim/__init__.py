@@ -1,5 +1,6 @@
 """Torch optimizers that precondition with structured Kronecker factors of the curvature."""
 
+from .inverse_free import LargestEntry, SpectralNorm
 from .kfac import KFAC, Eigen, Inverse
 from .settings import AdamW, DenseBelow, EarlyDense, Every, KLClip, NormClip
 from .singd import IKFAC, INGD, SINGD
@@ -15,6 +16,8 @@ __all__ = [
     "Inverse",
     "KFAC",
     "KLClip",
+    "LargestEntry",
     "NormClip",
     "SINGD",
+    "SpectralNorm",
 ]

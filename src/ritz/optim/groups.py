@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from ..curvature import Found, discover
 from ..curvature.sharing import loss_terms
 from ..errors import OperandError
+from .inverse_free import LargestEntry, SpectralNorm
 from .settings import AdamW, Settings, choose, schedule
 
 # Settings that are values: a group's dictionary may have them, but the state dictionary must stay plain.
@@ -110,11 +111,23 @@ def _settings(group: dict[str, Any], base: Settings) -> Settings:
         changes["lr_cov"] = group.pop("lr_cov")
     elif "lr_cov" in group:
         changes["lr_cov"] = None
+    if "normalize" in group:
+        changes["size"] = size_of(group["normalize"])
+        group["normalize"] = group["normalize"] is not False
     if "reduction" in group:
         group["mean_loss"] = is_mean(group.pop("reduction"))
     settings = replace(base, **changes)
     choose(settings.structures, 1, 1)  # refuses what is no structure, before any layer is made
     return settings
+
+
+def size_of(normalize: Any) -> LargestEntry | SpectralNorm:
+    """The measure of a factor's update behind ``normalize``."""
+    if isinstance(normalize, bool):
+        return LargestEntry()
+    if isinstance(normalize, (LargestEntry, SpectralNorm)):
+        return normalize
+    raise OperandError(f"normalize={normalize!r}; expected True, False, LargestEntry() or SpectralNorm()")
 
 
 def is_mean(reduction: str) -> bool:

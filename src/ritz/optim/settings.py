@@ -13,6 +13,7 @@ from ..curvature.sharing import LossTerms, WeightSharing
 from ..curvature.statistics import Statistics
 from ..errors import OperandError
 from ..operators.structured import Dense, Hierarchical, Structure
+from .inverse_free import LargestEntry, SpectralNorm
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ class Settings:
     lr_cov: Callable[[int], float] | None = None
     curvature_dtype: torch.dtype | None = None
     clip: NormClip | KLClip | None = None
+    size: LargestEntry | SpectralNorm = field(default_factory=LargestEntry)
     fallback: AdamW = field(default_factory=AdamW)
     row_form: bool | None = None
     sum_per_term: bool = False  # for sum losses, divide the output factor by the number of loss terms (Lin et al. 2023)

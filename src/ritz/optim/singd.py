@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from ..curvature import EmpiricalFisher, Expand, OneHot
 from ..curvature.sharing import LossTerms, WeightSharing, loss_terms
 from ..curvature.statistics import Statistics
-from ..operators.structured import Dense, Structure
+from ..operators.structured import Dense
 from .base import CurvatureOptimizer
 from .collect import one_hot_counts
 from .factors import apply_square, has_square, stack, unstack
-from .groups import is_mean
+from .groups import is_mean, size_of
+from .inverse_free import LargestEntry, SpectralNorm, directions, first_scale, multiplicative_step
 from .layer import MatrixLayer
 from .settings import AdamW, DenseBelow, KLClip, NormClip, Schedule, Settings, Structures, schedule
 from .vectors import factor_step
@@ -47,11 +48,15 @@ class SINGD(CurvatureOptimizer):
         damping: λ, added to A and B.
         riemannian_momentum: α₁, of the factors' updates. 0 keeps no m.
         lr_cov: step size β₁ of the factors; a number or a callable of the step.
-        normalize: c = (1 − α₁)/2, and β₁ divided by max(1, largest entry of m). That bounds the change of an entry, not
-            the norm of β₁ m: with wide dense factors stay at lr_cov ≤ 0.1, or clip. False: c = 1/2, as in the paper;
-            lr_cov of 0.05 and more then diverges on small networks.
+        normalize: c = (1 − α₁)/2, and β₁ divided by max(1, size of m): its :class:`~ritz.optim.LargestEntry` (True, the
+            authors' measure; with wide dense factors stay at lr_cov ≤ 0.1) or its :class:`~ritz.optim.SpectralNorm`
+            (any lr_cov below 1). False: c = 1/2, as in the paper; lr_cov of 0.05 and more then diverges on small
+            networks.
         second_order: I − β₁m + (β₁m)²/2 instead of I − β₁m.
         adaptive: False leaves out the traces of the other factor (IKFAC).
+        start: K and C start at this multiple of the identity. None: at the multiple that whitens a layer's first
+            statistics on average, s⁴ (ā b̄ + λ) = 1 with the mean diagonals of A and B, so that the first steps have
+            the length of later ones; use it with ``clip``.
         update_interval: an int, :class:`~ritz.optim.EarlyDense`, or a callable step -> bool.
         structures: one structure, a pair for (K, C), or a rule from a size to a structure; see
             :mod:`ritz.operators.structured`.
@@ -90,9 +95,10 @@ class SINGD(CurvatureOptimizer):
         damping: float = 1e-3,
         riemannian_momentum: float = 0.5,
         lr_cov: float | Callable[[int], float] = 0.1,
-        normalize: bool = True,
+        normalize: bool | LargestEntry | SpectralNorm = True,
         second_order: bool = False,
         adaptive: bool = True,
+        start: float | None = 1.0,
         update_interval: int | Schedule = 10,
         structures: Structures = DenseBelow(),
         weight_decay: float = 0.0,
@@ -114,13 +120,13 @@ class SINGD(CurvatureOptimizer):
         settings = Settings(
             structures=structures, update_interval=schedule(update_interval), weight_sharing=weight_sharing,
             loss_terms=loss_terms(num_loss_terms), statistics=statistics, curvature_dtype=curvature_dtype, clip=clip,
-            lr_cov=lr_cov if callable(lr_cov) else None, fallback=fallback, row_form=row_form,
+            lr_cov=lr_cov if callable(lr_cov) else None, size=size_of(normalize), fallback=fallback, row_form=row_form,
         )  # fmt: skip
         defaults = {
             "lr": lr, "momentum": momentum, "damping": damping, "riemannian_momentum": riemannian_momentum,
-            "lr_cov": 0.0 if callable(lr_cov) else lr_cov, "normalize": normalize, "second_order": second_order,
-            "adaptive": adaptive, "weight_decay": weight_decay, "decoupled_weight_decay": decoupled_weight_decay,
-            "mean_loss": is_mean(reduction),
+            "lr_cov": 0.0 if callable(lr_cov) else lr_cov, "normalize": normalize is not False, "start": start,
+            "second_order": second_order, "adaptive": adaptive, "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay, "mean_loss": is_mean(reduction),
         }  # fmt: skip
         super().__init__(
             model_or_params, defaults, settings, model=model, strict=strict, grad_scale=grad_scale,
@@ -134,9 +140,10 @@ class SINGD(CurvatureOptimizer):
         state, name = self.state[layer.weight], "KC"[side]
         dtype = layer.settings.curvature_dtype or layer.weight.dtype
         if name not in state:
-            d = layer.sizes[side]
-            state[name] = layer.structures[side].identity(d, dtype=dtype, device=layer.weight.device)
-            if self.param_groups[layer.group]["riemannian_momentum"]:
+            group, d = self.param_groups[layer.group], layer.sizes[side]
+            unit = layer.structures[side].identity(d, dtype=dtype, device=layer.weight.device)
+            state[name] = unit if group["start"] is None else group["start"] * unit
+            if group["riemannian_momentum"]:
                 state["m_" + name] = torch.zeros_like(state[name])
         return state[name]
 
@@ -153,19 +160,30 @@ class SINGD(CurvatureOptimizer):
         wide = torch.promote_types(stored[0].dtype, torch.float32)  # rounded once, when they are stored again
         F = [K.to(wide) for K in stored]
         H = [stack([own[side] for own in statistics]).to(wide) for side in (0, 1)]
-        gram = [S[side].gram(F[side], d[side]) for side in (0, 1)]
-        for side, other in ((0, 1), (1, 0)):
-            D = H[side] + group["damping"] * gram[side]
-            if group["adaptive"]:  # the average traces of the other factor
-                curvature = (S[other].trace(H[other], d[other]) / d[other]).unsqueeze(-1)
-                damping = (S[other].trace(gram[other], d[other]) / d[other]).unsqueeze(-1) * group["damping"]
-                D = curvature * H[side] + damping * gram[side]
-            D = D - S[side].identity(d[side], dtype=wide, device=D.device)
+        if group["start"] is None:
+            self._start(layers, F, H, group)
+        size = layers[0].settings.size if group["normalize"] else None
+        for side, D in enumerate(directions(S, d, F, H, group["damping"], group["adaptive"])):
             name = "KC"[side]
             m = self._momentum(layers, "m_" + name, D, group)
-            new = multiplicative_step(S[side], F[side], m, d[side], group)
+            new = multiplicative_step(S[side], F[side], m, d[side], group["lr_cov"], size, group["second_order"])
             for layer, piece in zip(layers, unstack(new, len(layers))):
                 self.state[layer.weight][name].copy_(piece)
+
+    def _start(self, layers: list[MatrixLayer], F: list[Tensor], H: list[Tensor], group: dict) -> None:
+        """Scale the factors of layers that are updated for the first time, and the statistics whitened by them."""
+        new = torch.tensor([[not self.state[layer.weight].get("started")] for layer in layers], device=F[0].device)
+        new = new.reshape(H[0].shape[:-1] + (1,))
+        if not new.any():
+            return
+        S, d = layers[0].structures, layers[0].sizes
+        squares, reached = first_scale(S, d, H, group["damping"], group["adaptive"])
+        for side, square in enumerate(squares):
+            square = torch.where(new, square, torch.ones_like(square))
+            F[side], H[side] = F[side] * square.sqrt(), H[side] * square
+        for layer, done in zip(layers, (new & reached).flatten().tolist()):
+            if done:
+                self.state[layer.weight]["started"] = 1
 
     def _momentum(self, layers: list[MatrixLayer], name: str, D: Tensor, group: dict) -> Tensor:
         """m ← α₁ m + c D, stored in the factors' dtype."""
@@ -212,16 +230,6 @@ def set_rate(settings: Settings, group: dict) -> None:
     """This step's lr_cov, where it is a callable."""
     if settings.lr_cov is not None:
         group["lr_cov"] = float(settings.lr_cov(group["step"]))
-
-
-def multiplicative_step(structure: Structure, K: Tensor, m: Tensor, d: int, group: dict) -> Tensor:
-    """K (I − β m), or K (I − β m + (β m)²/2); β is divided by the largest entry of m where that exceeds 1."""
-    rate: Any = group["lr_cov"]
-    if group["normalize"]:
-        rate = rate / m.abs().amax(-1, keepdim=True).clamp(min=1.0)
-    m = rate * m
-    change = structure.multiply(K, m, d)
-    return K - change + (structure.multiply(change, m, d) / 2 if group["second_order"] else 0.0)
 
 
 class INGD(SINGD):

@@ -29,7 +29,7 @@ def factor_step(
     for p, g in zip(vectors, gradients):
         state = optimizer.state[p]
         if "K" not in state:
-            state["K"] = torch.ones_like(p, dtype=dtype or p.dtype)
+            state["K"] = torch.full_like(p, group["start"] or 1.0, dtype=dtype or p.dtype)
             if group["riemannian_momentum"]:
                 state["m_K"] = torch.zeros_like(state["K"])
         if due:
@@ -41,6 +41,9 @@ def factor_step(
 def _update(state: dict, g: Tensor, group: dict, terms: float) -> None:
     wide = torch.promote_types(state["K"].dtype, torch.float32)
     K, g = state["K"].to(wide), g.to(wide)
+    if group["start"] is None and not state.get("started") and g.any():
+        K = K * (terms * g.square().mean() + group["damping"]).rsqrt()  # as first_scale does for matrices
+        state["started"] = 1
     squared = K.square()
     alpha = group["riemannian_momentum"]
     D = squared * (terms * g.square() + group["damping"]) - 1.0
