@@ -89,8 +89,11 @@ class CurvatureOptimizer(Stateful, torch.optim.Optimizer, ABC):
         """Update the factors of layers of equal shape and structure from their normalised statistics (H_K, H_C)."""
 
     @abstractmethod
-    def apply_factor(self, layers: list[MatrixLayer], side: int, X: Tensor) -> Tensor:
-        """P_K X (side 0) or P_C X (side 1) for X (d, m), or (L, d, m) for L layers of equal shape."""
+    def apply_factor(self, layers: list[MatrixLayer], side: int, X: Tensor, overwrite: bool = False) -> Tensor:
+        """P_K X (side 0) or P_C X (side 1) for X (d, m), or (L, d, m) for L layers of equal shape.
+
+        With ``overwrite`` the result may be written over X.
+        """
 
     @abstractmethod
     def vector_step(
@@ -116,9 +119,9 @@ class CurvatureOptimizer(Stateful, torch.optim.Optimizer, ABC):
     def vector_copies(self, group: dict) -> int:
         """How many tensors of its shape a vector's factor has in the state."""
 
-    def precondition(self, layers: list[MatrixLayer], G: Tensor) -> Tensor:
-        """The natural gradient P_C G P_K of G (d_out, d_in), or (L, d_out, d_in)."""
-        return self.apply_factor(layers, 0, self.apply_factor(layers, 1, G).mT).mT
+    def precondition(self, layers: list[MatrixLayer], G: Tensor, overwrite: bool = False) -> Tensor:
+        """The natural gradient P_C G P_K of G (d_out, d_in), or (L, d_out, d_in), which may be written over G."""
+        return self.apply_factor(layers, 0, self.apply_factor(layers, 1, G, overwrite).mT, True).mT
 
     def two_sided(self, layer: MatrixLayer) -> bool:
         """Whether the preconditioner is a product of two sides, so that captured rows can replace the gradient."""
@@ -284,9 +287,11 @@ class CurvatureOptimizer(Stateful, torch.optim.Optimizer, ABC):
         for batch in batches(ready, self._foreach):
             own = [gradients[id(layer)] for layer in batch]
             if len(batch) == 1:
-                moves.append(Move(batch[0], self.precondition(batch, own[0]), own[0]))
+                # Weight and bias were copied into one matrix, which may go unless clipping reads it afterwards.
+                spare = batch[0].bias is not None and batch[0].settings.clip is None
+                moves.append(Move(batch[0], self.precondition(batch, own[0], spare), own[0]))
             else:
-                found = self.precondition(batch, torch.stack(own)).unbind()
+                found = self.precondition(batch, torch.stack(own), True).unbind()
                 moves += [Move(*item) for item in zip(batch, found, own)]
         return moves
 

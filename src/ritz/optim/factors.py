@@ -30,12 +30,14 @@ def has_square(structure: Structure) -> bool:
     return structure.square(structure.identity(1, dtype=torch.float32), 1) is not None
 
 
-def apply_square(layers: list[MatrixLayer], side: int, X: Tensor, factor_of: FactorOf) -> Tensor:
+def apply_square(
+    layers: list[MatrixLayer], side: int, X: Tensor, factor_of: FactorOf, overwrite: bool = False
+) -> Tensor:
     """K Kᵀ X for X (d, m), or (L, d, m) for several layers, in X's dtype."""
     structure, d = layers[0].structures[side], layers[0].sizes[side]
     if has_square(structure):
         P = stack([_square(layer, side, structure, d, factor_of) for layer in layers])
-        return structure.apply_square(P, X.to(P.dtype)).to(X.dtype)
+        return structure.apply_square(P, X.to(P.dtype), overwrite).to(X.dtype)
     K = stack([factor_of(layer, side) for layer in layers])
     return structure.matmul(K, structure.rmatmul(K, X.to(K.dtype))).to(X.dtype)
 

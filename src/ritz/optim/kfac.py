@@ -139,13 +139,13 @@ class KFAC(CurvatureOptimizer):
     def two_sided(self, layer: MatrixLayer) -> bool:
         return isinstance(layer.settings.rule, Inverse)
 
-    def apply_factor(self, layers: list[MatrixLayer], side: int, X: Tensor) -> Tensor:
+    def apply_factor(self, layers: list[MatrixLayer], side: int, X: Tensor, overwrite: bool = False) -> Tensor:
         P = stack([self._inverse(layer, side) for layer in layers])
         return layers[0].structures[side].matmul(P, X.to(P.dtype)).to(X.dtype)
 
-    def precondition(self, layers: list[MatrixLayer], G: Tensor) -> Tensor:
+    def precondition(self, layers: list[MatrixLayer], G: Tensor, overwrite: bool = False) -> Tensor:
         if self.two_sided(layers[0]):
-            return super().precondition(layers, G)
+            return super().precondition(layers, G, overwrite)
         natural = [eigen_apply(self, layer, g) for layer, g in zip(layers, unstack(G, len(layers)))]
         return stack(natural)
 

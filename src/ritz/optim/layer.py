@@ -12,6 +12,7 @@ from ..curvature import OneHot, Site
 from ..curvature.layers import EmbeddingRule
 from ..curvature.statistics import Sums
 from ..operators.structured import Diagonal, Structure
+from ..operators.structured.products import empty_aligned
 from .settings import Settings, choose
 
 
@@ -58,7 +59,7 @@ class MatrixLayer:
         if self.bias is None:
             return matrix
         last = tensors[1] if tensors[1] is not None else matrix.new_zeros(self.d_out)
-        return torch.cat([matrix, last.reshape(-1, 1)], 1)
+        return _beside(matrix, last.reshape(-1, 1))
 
     def split(self, matrix: Tensor) -> list[Tensor]:
         """The parts of a matrix (d_out, d_in) in the shapes of weight and bias."""
@@ -79,4 +80,11 @@ class MatrixLayer:
 
     def with_bias(self, a: Tensor) -> Tensor:
         """Input rows with the constant input that the bias meets."""
-        return a if self.bias is None else torch.cat([a, a.new_ones(a.shape[0], 1)], 1)
+        return a if self.bias is None else _beside(a, a.new_ones(a.shape[0], 1))
+
+
+def _beside(matrix: Tensor, column: Tensor) -> Tensor:
+    """A matrix with one more column, in memory that products read fast."""
+    out = empty_aligned(matrix, matrix.shape[0], matrix.shape[1] + 1)
+    out[:, :-1], out[:, -1:] = matrix, column
+    return out

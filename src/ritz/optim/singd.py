@@ -197,8 +197,8 @@ class SINGD(CurvatureOptimizer):
 
     # -- preconditioning ----------------------------------------------------------------------------------------------
 
-    def apply_factor(self, layers: list[MatrixLayer], side: int, X: Tensor) -> Tensor:
-        return apply_square(layers, side, X, self._factor)
+    def apply_factor(self, layers: list[MatrixLayer], side: int, X: Tensor, overwrite: bool = False) -> Tensor:
+        return apply_square(layers, side, X, self._factor, overwrite)
 
     def apply_cost(self, layer: MatrixLayer, side: int, width: int) -> float:
         structure = layer.structures[side]

@@ -147,8 +147,8 @@ class Structure(ABC):
         self._check_flat(flat, d)
         return self._square(flat, d)
 
-    def apply_square(self, square: Tensor, X: Tensor) -> Tensor:
-        """K Kᵀ X for X (..., d, m), from what :meth:`square` returned."""
+    def apply_square(self, square: Tensor, X: Tensor, overwrite: bool = False) -> Tensor:
+        """K Kᵀ X for X (..., d, m), from what :meth:`square` returned; with ``overwrite`` X may be where it is put."""
         return self.matmul(square, X)
 
     # -- numbers --------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import Structure
-from .products import as_matrix, product, symmetric_product
+from .products import aligned, as_matrix, product, row_length, symmetric_product
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Dense(Structure):
         return product(K.mT if transposed else K, X, out)
 
     def _multiply(self, left: Tensor, right: Tensor, d: int) -> Tensor:
-        return (self._to_dense(left, d) @ self._to_dense(right, d)).flatten(-2)
+        return (aligned(self._to_dense(left, d)) @ aligned(self._to_dense(right, d))).flatten(-2)
 
     def _gram(self, flat: Tensor, d: int) -> Tensor:
         return symmetric_product(self._to_dense(flat, d).mT).flatten(-2)
@@ -54,7 +54,13 @@ class Dense(Structure):
         return symmetric_product(U).flatten(-2)
 
     def _square(self, flat: Tensor, d: int) -> Tensor | None:
-        return symmetric_product(self._to_dense(flat, d)).flatten(-2)
+        """K Kᵀ by rows, with gaps between them where alignment asks for some."""
+        P = symmetric_product(self._to_dense(flat, d))
+        return torch.nn.functional.pad(P, (0, row_length(d, P) - d)).flatten(-2)
+
+    def apply_square(self, square: Tensor, X: Tensor, overwrite: bool = False) -> Tensor:
+        d = X.shape[-2]
+        return product(as_matrix(square, d, square.shape[-1] // d)[..., :d], X)
 
     def _diagonal(self, flat: Tensor, d: int) -> Tensor:
         return self._to_dense(flat, d).diagonal(dim1=-2, dim2=-1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import Structure
-from .products import square_sum
+from .products import square_sum, writable
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,10 @@ class Diagonal(Structure):
 
     def _square(self, flat: Tensor, d: int) -> Tensor | None:
         return flat.square()
+
+    def apply_square(self, square: Tensor, X: Tensor, overwrite: bool = False) -> Tensor:
+        self._check_product(square, X)
+        return self._apply(square, X, False, X if overwrite and writable(square, X) else None)
 
     def _diagonal(self, flat: Tensor, d: int) -> Tensor:
         return flat

@@ -158,7 +158,7 @@ class Hierarchical(Structure):
         right = border[1] @ W[..., :p].mT + border[2] @ W[..., p:].mT
         return torch.cat([torch.cat([left, middle, right], -1).flatten(-2), c.square()], -1)
 
-    def apply_square(self, square: Tensor, X: Tensor) -> Tensor:
+    def apply_square(self, square: Tensor, X: Tensor, overwrite: bool = False) -> Tensor:
         d = X.shape[-2]
         t, p, b = self._sizes(d)
         R, c2 = square.split([(t + b) * d, p], -1)
@@ -168,10 +168,9 @@ class Hierarchical(Structure):
         if not writable(square, X):
             inner = c2 * middle + R[..., t : t + p].mT @ outer
             return torch.cat([border[..., :t, :], inner, border[..., t:, :]], -2)
-        out = empty_product(square, X)
+        out = X if overwrite else empty_product(square, X)
+        add_product_(torch.mul(c2, middle, out=out[..., t : t + p, :]), R[..., t : t + p].mT, outer)
         out[..., :t, :], out[..., t + p :, :] = border[..., :t, :], border[..., t:, :]
-        inner = product(R[..., t : t + p].mT, outer, out[..., t : t + p, :])
-        inner.addcmul_(c2, middle)
         return out
 
     def _diagonal(self, flat: Tensor, d: int) -> Tensor:

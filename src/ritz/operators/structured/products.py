@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ...numerics import has_tangent, in_transform
 
+ALIGNMENT = 64  # bytes: a product of matrices whose rows start elsewhere takes up to a quarter longer on a CPU
+ALIGNED_SIZE = 256  # below this many columns that does not pay for a copy
 SYMMETRIC_BLOCK = 256  # below this size one product is faster than three smaller ones and a transposed copy
 
 
@@ -26,8 +28,34 @@ def empty_product(flat: Tensor, X: Tensor) -> Tensor:
     """Memory for a product of the matrices behind ``flat`` (..., p) with ``X`` (..., d, m)."""
     batch = torch.broadcast_shapes(flat.shape[:-1], X.shape[:-2])
     if not batch and by_columns(X):
-        return X.new_empty(X.shape[1], X.shape[0]).mT
+        return empty_aligned(X, X.shape[1], X.shape[0]).mT
     return X.new_empty(batch + X.shape[-2:])
+
+
+def row_length(columns: int, like: Tensor) -> int:
+    """Numbers from one row to the next in aligned memory."""
+    if columns < ALIGNED_SIZE or like.device.type != "cpu":
+        return columns
+    step = ALIGNMENT // like.dtype.itemsize
+    return -(-columns // step) * step
+
+
+def empty_aligned(like: Tensor, rows: int, columns: int) -> Tensor:
+    """Memory for a (rows, columns) matrix whose rows start at whole cache lines: a view where that needs gaps."""
+    length = row_length(columns, like)
+    memory = like.new_empty(rows, length)
+    return memory if length == columns else memory[:, :columns]
+
+
+def aligned(M: Tensor) -> Tensor:
+    """M, or a copy of it in aligned memory where a product with M would be slow and nothing is recorded."""
+    if M.ndim != 2 or not writable(M):
+        return M
+    rows = M if M.stride(1) == 1 else M.mT
+    if rows.stride(1) != 1 or rows.stride(0) == row_length(rows.stride(0), M):
+        return M
+    copy = empty_aligned(M, *rows.shape).copy_(rows)
+    return copy if rows is M else copy.mT
 
 
 def by_columns(X: Tensor) -> bool:
@@ -54,7 +82,7 @@ def product(A: Tensor, X: Tensor, out: Tensor | None = None) -> Tensor:
     if out is None:
         if A.ndim != 2 or not by_columns(X) or not writable(A, X):
             return A @ X
-        out = X.new_empty(X.shape[1], A.shape[0]).mT
+        out = empty_aligned(X, X.shape[1], A.shape[0]).mT
     if A.ndim == 2 and X.ndim == 2:
         return torch.mm(A, X, out=out)
     if A.ndim == 3 and X.ndim == 3 and A.shape[0] == X.shape[0]:
@@ -87,8 +115,8 @@ def symmetric_product(L: Tensor) -> Tensor:
     d, m = L.shape[-2:]
     if L.ndim != 2 or d < 2 * SYMMETRIC_BLOCK or 2 * m < d or L.device.type != "cpu" or not writable(L):
         return L @ L.mT
-    out = L.new_empty(d, d)
-    _fill_symmetric(L, out)
+    out = empty_aligned(L, d, d)
+    _fill_symmetric(aligned(L), out)
     return out
 
 
