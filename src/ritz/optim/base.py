@@ -7,7 +7,8 @@ and how they are applied to a gradient: the four abstract methods of :class:`Cur
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -243,11 +244,15 @@ class CurvatureOptimizer(Stateful, torch.optim.Optimizer, ABC):
             if settings is None:
                 adamw_step(self, group)
                 continue
-            moves = [*self._matrix_moves(index, group), *self._vector_moves(index, group, settings, terms)]
-            if settings.clip is not None and moves:
+            moves: Iterable[Move] = chain(
+                self._matrix_moves(index, group), self._vector_moves(index, group, settings, terms)
+            )
+            if settings.clip is not None:  # looks at all of them together
+                moves = list(moves)
                 clip(moves, settings.clip, float(group["lr"]))
             for move in moves:
                 self._move(move, group)
+                del move  # its memory serves the next one
         for group in self.param_groups:
             group["step"] += 1
 
@@ -274,26 +279,31 @@ class CurvatureOptimizer(Stateful, torch.optim.Optimizer, ABC):
                 layer.cache.clear()
         return statistics.terms
 
-    def _matrix_moves(self, index: int, group: dict[str, Any]) -> list[Move]:
-        """Natural gradients of the matrices of a group."""
-        moves: list[Move] = []
+    def _matrix_moves(self, index: int, group: dict[str, Any]) -> Iterator[Move]:
+        """Natural gradients of the matrices of a group, one after the other, so that the next can have its memory."""
         ready = [layer for layer in self._layers if layer.group == index and layer.weight.grad is not None]
-        gradients = {id(layer): layer.gather([p.grad for p in layer.parameters]) for layer in ready}
-        for layer in list(ready):
-            N = from_rows(self, layer, gradients[id(layer)])
-            if N is not None:
-                moves.append(Move(layer, N, gradients[id(layer)]))
-                ready.remove(layer)
         for batch in batches(ready, self._foreach):
-            own = [gradients[id(layer)] for layer in batch]
             if len(batch) == 1:
-                # Weight and bias were copied into one matrix, which may go unless clipping reads it afterwards.
-                spare = batch[0].bias is not None and batch[0].settings.clip is None
-                moves.append(Move(batch[0], self.precondition(batch, own[0], spare), own[0]))
-            else:
-                found = self.precondition(batch, torch.stack(own), True).unbind()
-                moves += [Move(*item) for item in zip(batch, found, own)]
-        return moves
+                yield self._matrix_move(batch[0])
+                continue
+            gradients = [layer.gather([p.grad for p in layer.parameters]) for layer in batch]
+            found = [from_rows(self, layer, G) for layer, G in zip(batch, gradients)]
+            rest = [i for i, N in enumerate(found) if N is None]
+            if rest:
+                G = torch.stack([gradients[i] for i in rest])
+                for i, N in zip(rest, self.precondition([batch[i] for i in rest], G, True).unbind()):
+                    found[i] = N
+            for layer, N, G in zip(batch, found, gradients):
+                assert N is not None
+                yield Move(layer, N, G)
+
+    def _matrix_move(self, layer: MatrixLayer) -> Move:
+        G = layer.gather([p.grad for p in layer.parameters])
+        N = from_rows(self, layer, G)
+        if N is None:
+            # Weight and bias were copied into one matrix, which may go unless clipping reads it afterwards.
+            N = self.precondition([layer], G, layer.bias is not None and layer.settings.clip is None)
+        return Move(layer, N, G)
 
     def _vector_moves(self, index: int, group: dict[str, Any], settings: Settings, terms: float) -> list[Move]:
         """Natural gradients of the vectors of a group."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..operators.structured.products import aligned_product
 from .layer import MatrixLayer
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def from_rows(optimizer: CurvatureOptimizer, layer: MatrixLayer, G: Tensor) -> T
         return None
     left = optimizer.apply_factor([layer], 1, g.mT)  # P_C gᵀ
     right = optimizer.apply_factor([layer], 0, a.mT)  # P_K aᵀ
-    N = left @ right.mT
+    N = aligned_product(left, right.mT)
     return N if factor == 1.0 else N.mul_(factor)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import Structure
-from .products import aligned, as_matrix, product, row_length, symmetric_product
+from .products import aligned_product, as_matrix, product, row_length, symmetric_product
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Dense(Structure):
         return product(K.mT if transposed else K, X, out)
 
     def _multiply(self, left: Tensor, right: Tensor, d: int) -> Tensor:
-        return (aligned(self._to_dense(left, d)) @ aligned(self._to_dense(right, d))).flatten(-2)
+        return aligned_product(self._to_dense(left, d), self._to_dense(right, d)).flatten(-2)
 
     def _gram(self, flat: Tensor, d: int) -> Tensor:
         return symmetric_product(self._to_dense(flat, d).mT).flatten(-2)

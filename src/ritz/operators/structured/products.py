@@ -58,6 +58,13 @@ def aligned(M: Tensor) -> Tensor:
     return copy if rows is M else copy.mT
 
 
+def aligned_product(A: Tensor, B: Tensor) -> Tensor:
+    """A B for (n, k) and (k, m), in aligned memory; with a batch axis or a graph as usual."""
+    if A.ndim != 2 or B.ndim != 2 or not writable(A, B):
+        return A @ B
+    return torch.mm(aligned(A), aligned(B), out=empty_aligned(A, A.shape[0], B.shape[1]))
+
+
 def by_columns(X: Tensor) -> bool:
     """Whether a matrix lies in memory column after column, as the transpose of a contiguous one does.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..toeplitz import _fast_length, _wide
 from .base import Structure
-from .products import product
+from .products import empty_product, product, writable
 
 MATRIX_SIZE = 384  # up to here a product with the d×d matrix is faster than transforms, given enough columns
 CHUNK = 2**17  # numbers that are transformed at a time on a CPU: the spectra stay in its cache
@@ -72,6 +72,8 @@ class _Toeplitz(Structure):
             torch.fft.irfft(symbol * torch.fft.rfft(_wide(x), n=n, dim=-2), n=n, dim=-2)[..., :d, :].to(X.dtype)
             for x in _chunks(X, n)
         )
+        if out is None and writable(flat, X):
+            out = empty_product(flat, X)
         if out is None:
             return torch.cat(list(parts), -1)
         for place, part in zip(_chunks(out, n), parts, strict=True):
