@@ -94,8 +94,11 @@ def test_square(structure: Structure, d: int) -> None:
     assert (square is not None) == isinstance(structure, (Dense, Diagonal, BlockDiagonal, Hierarchical))
     if square is not None:
         for X in (normal(d, 7, seed=1), normal(7, d, seed=1).mT):
-            close(structure.apply_square(square, X), K @ (K.mT @ X))
-    if isinstance(structure, (Dense, Diagonal, BlockDiagonal)):  # closed under transposition
+            kept = X.clone()
+            close(structure.apply_square(square, X), K @ (K.mT @ kept))
+            assert torch.equal(X, kept)
+            close(structure.apply_square(square, X, overwrite=True), K @ (K.mT @ kept))
+    if isinstance(structure, (Diagonal, BlockDiagonal)):
         close(structure.to_dense(square, d), K @ K.mT)
 
 

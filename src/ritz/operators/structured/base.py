@@ -142,7 +142,7 @@ class Structure(ABC):
     def square(self, flat: Tensor, d: int) -> Tensor | None:
         """K Kᵀ in a form that :meth:`apply_square` takes, (..., q); None where two products are as good as any.
 
-        In flat storage where the class contains K Kᵀ (it is closed under transposition), else in a form of its own.
+        For most classes that is not their flat storage: K Kᵀ may be no member, or lie in memory with gaps.
         """
         self._check_flat(flat, d)
         return self._square(flat, d)
