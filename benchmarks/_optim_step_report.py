@@ -221,7 +221,7 @@ def figure(result: dict, path: Path) -> None:
     handles.append(plt.Line2D([], [], color="tab:red", lw=1.8))
     axes[0][-1].legend(handles, [*COLOURS, "lighter: T = 1", "bar (T = 10)"], fontsize=8)
     fig.tight_layout()
-    fig.savefig(path, dpi=140)
+    fig.savefig(path, dpi=140, bbox_inches="tight")
     plt.close(fig)
 
 
