@@ -143,6 +143,9 @@ def test_normalize_takes_values_and_groups_may_differ():
     for wrong in (1.5, "spectral", None):
         with pytest.raises(OperandError, match="expected True, False, LargestEntry"):
             SINGD(network(), normalize=wrong)
+    for wrong in (0.0, -1.0):
+        with pytest.raises(OperandError, match="expected a positive multiple"):
+            SINGD(network(), start=wrong)
     with pytest.raises(OperandError, match="at least 1"):
         SpectralNorm(0)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import OperandError
 from ..operators.structured import Structure
+from ..operators.structured.products import fixed_vector
 
 Pair = Sequence[Tensor]
 
@@ -29,11 +30,11 @@ class LargestEntry:
 
 @dataclass(frozen=True)
 class SpectralNorm:
-    """‖m‖₂ by steps of the power method, from a fixed vector: a lower bound, within a few per cent of it as a rule.
+    """‖m‖₂ by steps of the power method, from a fixed vector: a lower bound.
 
-    I − β₁ m then stays positive definite for a symmetric m and every lr_cov below 1: large rates do not diverge, and
-    what is wide and strongly correlated is contracted no faster than that. Costs 2 · ``iterations`` + 1 products with a
-    vector.
+    As far as that estimate is right, I − β₁ m stays positive definite for a symmetric m (dense and diagonal factors)
+    and every lr_cov below 1, however wide and correlated the inputs are; for the other structures it is a measure of
+    the same kind without that guarantee. Costs 2 · ``iterations`` + 1 products with a vector.
     """
 
     iterations: int = 4
@@ -44,9 +45,7 @@ class SpectralNorm:
 
     def __call__(self, structure: Structure, m: Tensor, d: int) -> Tensor:
         """The size of m, (..., 1)."""
-        angle = torch.arange(d, dtype=torch.float64, device=m.device)
-        v = torch.cos(angle * (angle + 1.618)).to(m.dtype).unsqueeze(-1)
-        v = v.expand(m.shape[:-1] + v.shape)
+        v = fixed_vector(d, m).unsqueeze(-1).expand(m.shape[:-1] + (d, 1))
         for _ in range(self.iterations):
             v = structure.rmatmul(m, structure.matmul(m, _unit(v)))
         return torch.linalg.vector_norm(structure.matmul(m, _unit(v)), dim=-2)

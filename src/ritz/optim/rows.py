@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..operators.structured.products import aligned_product
+from ..operators.structured.products import aligned_product, fixed_vector
 from .layer import MatrixLayer
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ def _factor(layer: MatrixLayer, a: Tensor, g: Tensor, G: Tensor) -> float | None
     """The number s with G = s gᵀ a, as far as a fixed direction can tell; None where there is none."""
     z = layer.cache.get("z")
     if z is None or z.dtype != G.dtype or z.device != G.device:
-        angle = torch.arange(G.shape[1], dtype=torch.float64, device=G.device)
-        z = layer.cache["z"] = torch.cos(angle * (angle + 1.618)).to(G.dtype)
+        z = layer.cache["z"] = fixed_vector(G.shape[1], G)
     seen, made = G @ z, g.mT @ (a @ z)
     size = float(made.norm())
     s = float(seen @ made) / size**2 if size > 0 else float("nan")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..curvature import EmpiricalFisher, Expand, OneHot
 from ..curvature.sharing import LossTerms, WeightSharing, loss_terms
 from ..curvature.statistics import Statistics
+from ..errors import OperandError
 from ..operators.structured import Dense
 from .base import CurvatureOptimizer
 from .collect import one_hot_counts
@@ -50,7 +51,7 @@ class SINGD(CurvatureOptimizer):
         lr_cov: step size β₁ of the factors; a number or a callable of the step.
         normalize: c = (1 − α₁)/2, and β₁ divided by max(1, size of m): its :class:`~ritz.optim.LargestEntry` (True, the
             authors' measure; with wide dense factors stay at lr_cov ≤ 0.1) or its :class:`~ritz.optim.SpectralNorm`
-            (any lr_cov below 1). False: c = 1/2, as in the paper; lr_cov of 0.05 and more then diverges on small
+            (lr_cov up to 0.5). False: c = 1/2, as in the paper; lr_cov of 0.05 and more then diverges on small
             networks.
         second_order: I − β₁m + (β₁m)²/2 instead of I − β₁m.
         adaptive: False leaves out the traces of the other factor (IKFAC).
@@ -117,6 +118,8 @@ class SINGD(CurvatureOptimizer):
         process_group: Any = None,
         foreach: bool | None = None,
     ) -> None:
+        if start is not None and not start > 0:
+            raise OperandError(f"start={start!r}; expected a positive multiple of the identity, or None")
         settings = Settings(
             structures=structures, update_interval=schedule(update_interval), weight_sharing=weight_sharing,
             loss_terms=loss_terms(num_loss_terms), statistics=statistics, curvature_dtype=curvature_dtype, clip=clip,

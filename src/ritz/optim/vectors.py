@@ -29,7 +29,7 @@ def factor_step(
     for p, g in zip(vectors, gradients):
         state = optimizer.state[p]
         if "K" not in state:
-            state["K"] = torch.full_like(p, group["start"] or 1.0, dtype=dtype or p.dtype)
+            state["K"] = torch.full_like(p, 1.0 if group["start"] is None else group["start"], dtype=dtype or p.dtype)
             if group["riemannian_momentum"]:
                 state["m_K"] = torch.zeros_like(state["K"])
         if due:

@@ -65,6 +65,12 @@ def aligned_product(A: Tensor, B: Tensor) -> Tensor:
     return torch.mm(aligned(A), aligned(B), out=empty_aligned(A, A.shape[0], B.shape[1]))
 
 
+def fixed_vector(d: int, like: Tensor) -> Tensor:
+    """A vector (d,) of irregular entries, the same every time: it has a part in any direction of interest."""
+    angle = torch.arange(d, dtype=torch.float64, device=like.device)
+    return torch.cos(angle * (angle + 1.618)).to(like.dtype)
+
+
 def by_columns(X: Tensor) -> bool:
     """Whether a matrix lies in memory column after column, as the transpose of a contiguous one does.
 
