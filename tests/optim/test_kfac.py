@@ -14,7 +14,7 @@ from ritz.curvature import Expand, Reduce
 from ritz.errors import ConvergenceWarning, OperandError
 from ritz.operators.structured import Dense, Diagonal, Hierarchical
 from ritz.optim import KFAC, Eigen, Inverse
-from ritz.optim.kfac import damped_inverse
+from ritz.optim.inverses import damped_inverse
 
 STEPS = 7
 SIZES = (5, 6, 6, 3)

@@ -146,6 +146,9 @@ def test_normalize_takes_values_and_groups_may_differ():
     for wrong in (0.0, -1.0):
         with pytest.raises(OperandError, match="expected a positive multiple"):
             SINGD(network(), start=wrong)
+        model = network()
+        with pytest.raises(OperandError, match="expected a positive multiple"):
+            SINGD([{"params": model.parameters(), "start": wrong}], model=model)
     with pytest.raises(OperandError, match="at least 1"):
         SpectralNorm(0)
 

@@ -1,7 +1,8 @@
 """Torch optimizers that precondition with structured Kronecker factors of the curvature."""
 
 from .inverse_free import LargestEntry, SpectralNorm
-from .kfac import KFAC, Eigen, Inverse
+from .inverses import Eigen, Inverse
+from .kfac import KFAC
 from .settings import AdamW, DenseBelow, EarlyDense, Every, KLClip, NormClip
 from .singd import IKFAC, INGD, SINGD
 

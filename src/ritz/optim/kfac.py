@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,23 +13,24 @@ from ..curvature import EmpiricalFisher, Expand, OneHot
 from ..curvature.sharing import LossTerms, WeightSharing, loss_terms
 from ..curvature.statistics import Statistics
 from ..errors import ConvergenceWarning, OperandError
-from ..operators.structured import Dense, Diagonal, Structure
+from ..operators.structured import Dense, Diagonal
 from .base import CurvatureOptimizer
 from .collect import one_hot_counts
 from .factors import stack, unstack
 from .groups import Plan, is_mean
+from .inverses import (
+    Eigen,
+    Inverse,
+    bias_correction,
+    damped_inverse,
+    damped_quotient,
+    eigen_apply,
+    eigen_factor,
+    running_mean,
+    split_damping,
+)
 from .layer import MatrixLayer
 from .settings import AdamW, KLClip, NormClip, Schedule, Settings, Structures, schedule
-
-
-@dataclass(frozen=True)
-class Inverse:
-    """N = (S_B + λ_B I)⁻¹ G (S_A + λ_A I)⁻¹ by Cholesky factors: damping on each factor."""
-
-
-@dataclass(frozen=True)
-class Eigen:
-    """N = Q_B [(Q_Bᵀ G Q_A) / (l_B l_Aᵀ + λ)] Q_Aᵀ by eigendecompositions: damping on the product."""
 
 
 class KFAC(CurvatureOptimizer):
@@ -133,7 +133,7 @@ class KFAC(CurvatureOptimizer):
                 if name not in state:
                     unit = layer.structures[side].identity(layer.sizes[side], dtype=dtype, device=layer.weight.device)
                     state[name] = group["start"] * unit
-                state[name].copy_(rho * state[name].to(found[side].dtype) + (1.0 - rho) * found[side])
+                state[name].copy_(running_mean(state[name], found[side], rho))
             state["updates"] = state.get("updates", 0) + 1
 
     def two_sided(self, layer: MatrixLayer) -> bool:
@@ -146,8 +146,7 @@ class KFAC(CurvatureOptimizer):
     def precondition(self, layers: list[MatrixLayer], G: Tensor, overwrite: bool = False) -> Tensor:
         if self.two_sided(layers[0]):
             return super().precondition(layers, G, overwrite)
-        natural = [eigen_apply(self, layer, g) for layer, g in zip(layers, unstack(G, len(layers)))]
-        return stack(natural)
+        return stack([self._by_eigen(layer, g) for layer, g in zip(layers, unstack(G, len(layers)))])
 
     def _running(self, layer: MatrixLayer) -> list[Tensor]:
         """S_A and S_B in float32 or better, corrected for their start at zero; the identity before the first update."""
@@ -156,7 +155,7 @@ class KFAC(CurvatureOptimizer):
             dtype = torch.promote_types(layer.weight.dtype, torch.float32)
             pairs = zip(layer.structures, layer.sizes)
             return [S.identity(d, dtype=dtype, device=layer.weight.device) for S, d in pairs]
-        correction = 1.0 - (group["stat_decay"] ** state["updates"] if group["start"] == 0 else 0.0)
+        correction = bias_correction(group["start"], group["stat_decay"], state["updates"])
         wide = torch.promote_types(state["S_A"].dtype, torch.float32)
         return [state[name].to(wide) / correction for name in ("S_A", "S_B")]
 
@@ -169,18 +168,29 @@ class KFAC(CurvatureOptimizer):
     def _invert(self, layer: MatrixLayer) -> None:
         """Both inverses, kept with the layer until its factors change."""
         group, S = self.param_groups[layer.group], self._running(layer)
-        damping = [group["damping"], group["damping"]]
-        if group["pi_damping"]:
-            means = [float(s.trace(F, d)) / d for s, F, d in zip(layer.structures, S, layer.sizes)]
-            pi = (max(means[0], 1e-30) / max(means[1], 1e-30)) ** 0.5
-            damping = [pi * group["damping"] ** 0.5, group["damping"] ** 0.5 / pi]
+        means = [float(s.trace(F, d)) / d for s, F, d in zip(layer.structures, S, layer.sizes)]
+        damping = split_damping(means, group["damping"], group["pi_damping"])
         dtype = layer.settings.curvature_dtype or layer.weight.dtype
         for side, name in enumerate(("A⁻¹", "B⁻¹")):
             found = damped_inverse(layer.structures[side], S[side], layer.sizes[side], damping[side])
             if found is None:
-                singular(layer, side, f"{damping[side]:.1e}, in float64 either")
+                _singular(layer, side, f"{damping[side]:.1e}, in float64 either")
                 found = layer.structures[side].identity(layer.sizes[side], dtype=S[side].dtype, device=S[side].device)
             layer.cache[name] = found.to(dtype)
+
+    def _by_eigen(self, layer: MatrixLayer, G: Tensor) -> Tensor:
+        damping = self.param_groups[layer.group]["damping"]
+        if "l_A" not in layer.cache:
+            for side, S in enumerate(self._running(layer)):
+                found = eigen_factor(layer.structures[side], S, layer.sizes[side], damping)
+                if found is None:
+                    _singular(layer, side, "0")
+                    found = torch.ones(layer.sizes[side], dtype=S.dtype, device=S.device), None
+                layer.cache["l_" + "AB"[side]] = found[0]
+                if found[1] is not None:
+                    layer.cache["Q_" + "AB"[side]] = found[1]
+        cache = layer.cache
+        return eigen_apply(G, cache["l_A"], cache.get("Q_A"), cache["l_B"], cache.get("Q_B"), damping)
 
     def apply_cost(self, layer: MatrixLayer, side: int, width: int) -> float:
         return layer.structures[side].apply_cost(layer.sizes[side], width)
@@ -208,17 +218,16 @@ class KFAC(CurvatureOptimizer):
             g = g.to(wide)
             if due:
                 old = state["S"].to(wide) if "S" in state else group["start"] * torch.ones_like(g)
-                state["S"] = (rho * old + (1.0 - rho) * terms * g.square()).to(dtype)
+                state["S"] = running_mean(old, terms * g.square(), rho).to(dtype)
                 state["updates"] = state.get("updates", 0) + 1
             S = torch.ones_like(g)  # before the first update, as for matrices
             if "S" in state:
-                S = state["S"].to(wide) / (1.0 - (rho ** state["updates"] if group["start"] == 0 else 0.0))
-            S = S + group["damping"]
-            natural.append((g / S.where(S > 0, 1.0)).to(p.dtype))  # an entry that never had a gradient, without damping
+                S = state["S"].to(wide) / bias_correction(group["start"], rho, state["updates"])
+            natural.append(damped_quotient(g, S, group["damping"]).to(p.dtype))
         return natural
 
 
-def singular(layer: MatrixLayer, side: int, damping: str) -> None:
+def _singular(layer: MatrixLayer, side: int, damping: str) -> None:
     """Say that a factor cannot be inverted."""
     warnings.warn(
         f"KFAC: the {('input', 'output')[side]} factor of {layer.name} has no inverse at damping {damping}; the "
@@ -226,47 +235,3 @@ def singular(layer: MatrixLayer, side: int, damping: str) -> None:
         ConvergenceWarning,
         stacklevel=7,
     )
-
-
-def damped_inverse(structure: Structure, S: Tensor, d: int, damping: float) -> Tensor | None:
-    """(S + λI)⁻¹ in flat storage; None where there is no Cholesky factor, in float64 either."""
-    if isinstance(structure, Diagonal):
-        inverse = 1.0 / (S + damping)
-        return inverse if bool(torch.isfinite(inverse).all()) else None
-    M = structure.to_dense(S, d)
-    M = 0.5 * (M + M.mT) + damping * torch.eye(d, dtype=S.dtype, device=S.device)
-    for dtype in dict.fromkeys((S.dtype, torch.float64)):
-        factor, info = torch.linalg.cholesky_ex(M.to(dtype))
-        # A pivot that is rounding error of its diagonal entry may have either sign: that the root exists says nothing.
-        pivots = factor.diagonal().square() > d * torch.finfo(dtype).eps * M.diagonal()
-        if not bool(info) and bool(torch.isfinite(factor).all() & pivots.all()):
-            return torch.cholesky_inverse(factor).to(S.dtype).flatten()
-    return None
-
-
-def eigen_apply(optimizer: KFAC, layer: MatrixLayer, G: Tensor) -> Tensor:
-    """Damping on the product of eigenvalues; diagonal factors are their own eigenvalues."""
-    damping = optimizer.param_groups[layer.group]["damping"]
-    if "l_A" not in layer.cache:
-        for side, S in enumerate(optimizer._running(layer)):
-            structure, d, name = layer.structures[side], layer.sizes[side], "AB"[side]
-            eigenvalues, Q = S, None
-            if isinstance(structure, Dense):
-                M = structure.to_dense(S, d)
-                eigenvalues, Q = torch.linalg.eigh(0.5 * (M + M.mT))
-            # Damping of the product covers zeros of both factors; without it they are rounding errors of either sign.
-            zero = d * torch.finfo(S.dtype).eps * eigenvalues.max()
-            if damping == 0 and bool((eigenvalues <= zero).any()):
-                singular(layer, side, "0")
-                eigenvalues, Q = torch.ones_like(eigenvalues), None
-            layer.cache["l_" + name] = eigenvalues
-            if Q is not None:
-                layer.cache["Q_" + name] = Q
-    l_A, l_B, Q_A, Q_B = (layer.cache.get(k) for k in ("l_A", "l_B", "Q_A", "Q_B"))
-    assert l_A is not None and l_B is not None
-    N = G.to(l_A.dtype)
-    N = N if Q_B is None else Q_B.mT @ N
-    N = N if Q_A is None else N @ Q_A
-    N = N / (l_B.unsqueeze(1) * l_A + damping)
-    N = N if Q_B is None else Q_B @ N
-    return (N if Q_A is None else N @ Q_A.mT).to(G.dtype)

@@ -20,7 +20,7 @@ from ..operators.structured import Dense
 from .base import CurvatureOptimizer
 from .collect import one_hot_counts
 from .factors import apply_square, has_square, stack, unstack
-from .groups import is_mean, size_of
+from .groups import Plan, is_mean, size_of
 from .inverse_free import LargestEntry, SpectralNorm, directions, first_scale, multiplicative_step
 from .layer import MatrixLayer
 from .settings import AdamW, DenseBelow, KLClip, NormClip, Schedule, Settings, Structures, schedule
@@ -118,8 +118,7 @@ class SINGD(CurvatureOptimizer):
         process_group: Any = None,
         foreach: bool | None = None,
     ) -> None:
-        if start is not None and not start > 0:
-            raise OperandError(f"start={start!r}; expected a positive multiple of the identity, or None")
+        _check_start(start)
         settings = Settings(
             structures=structures, update_interval=schedule(update_interval), weight_sharing=weight_sharing,
             loss_terms=loss_terms(num_loss_terms), statistics=statistics, curvature_dtype=curvature_dtype, clip=clip,
@@ -135,6 +134,11 @@ class SINGD(CurvatureOptimizer):
             model_or_params, defaults, settings, model=model, strict=strict, grad_scale=grad_scale,
             process_group=process_group, foreach=foreach,
         )  # fmt: skip
+
+    def _plan(self, group: dict[str, Any]) -> list[Plan]:
+        if "start" in group:
+            _check_start(group["start"])
+        return super()._plan(group)
 
     # -- factors ------------------------------------------------------------------------------------------------------
 
@@ -227,6 +231,11 @@ class SINGD(CurvatureOptimizer):
 
     def vector_copies(self, group: dict) -> int:
         return 2 if group["riemannian_momentum"] else 1
+
+
+def _check_start(start: float | None) -> None:
+    if start is not None and not start > 0:
+        raise OperandError(f"start={start!r}; expected a positive multiple of the identity, or None")
 
 
 def set_rate(settings: Settings, group: dict) -> None:
