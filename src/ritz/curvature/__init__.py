@@ -1,27 +1,39 @@
-"""Curvature of networks: what a layer multiplies, captured in the passes that training makes anyway."""
+"""Curvature of networks: Jacobian, Hessian, Gauss–Newton and Fisher operators, and what layers multiply."""
 
 from .capture import Capture, Sink
 from .discover import Found, Site, discover
+from .ggn import GGN, ExactFisher, Fisher
+from .hessian import Hessian
+from .jacobian import NTK, Jacobian
 from .layers import LayerRule, OneHot, rule_for
-from .losses import CrossEntropy, SquaredError
+from .losses import BinaryCrossEntropy, CrossEntropy, CustomLoss, Poisson, SquaredError
 from .pending import Pending
 from .sharing import Count, Expand, PerExample, PerPosition, Reduce
 from .statistics import EmpiricalFisher, GaussNewton, MonteCarloFisher
 
 __all__ = [
+    "BinaryCrossEntropy",
     "Capture",
     "Count",
     "CrossEntropy",
+    "CustomLoss",
     "EmpiricalFisher",
+    "ExactFisher",
     "Expand",
+    "Fisher",
     "Found",
+    "GGN",
     "GaussNewton",
+    "Hessian",
+    "Jacobian",
     "LayerRule",
     "MonteCarloFisher",
+    "NTK",
     "OneHot",
     "Pending",
     "PerExample",
     "PerPosition",
+    "Poisson",
     "Reduce",
     "Sink",
     "Site",

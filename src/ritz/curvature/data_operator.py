@@ -1,0 +1,170 @@
+"""What all curvature operators share: a network, a loss, data in batches, their scaling, and what is kept of them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import OperandError
+from ..operators import LinearOperator
+from .batches import Batch, read, to_device
+from .linearize import Linearization, SecondDerivative
+from .network import Network, Selection
+from .torch_losses import as_loss
+
+Known = Callable[[int], tuple[Any, Batch]]  # the recorded pass and the data of a batch
+
+KEEP_BYTES = 1 << 30  # graphs of all batches that are kept between products; beyond, each is recorded anew
+
+
+class DataOperator(LinearOperator):
+    """A sum over batches of data. A subclass gives the shape and ``_batch_product``.
+
+    Args:
+        network: the function of the selected parameters.
+        batches: the data.
+        hyperparameters: tensors that the products are differentiable in, such as a temperature inside the model, the
+            strength of a data augmentation, or selected parameters themselves.
+        keep_bytes: memory for recorded passes.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        batches: list[Batch],
+        shape: Sequence[int],
+        *,
+        hyperparameters: Sequence[Tensor] = (),
+        keep_bytes: int = KEEP_BYTES,
+        hermitian: bool | None = None,
+        psd: bool | None = None,
+    ) -> None:
+        super().__init__(shape, network.dtype, network.device, hermitian=hermitian, psd=psd)
+        for t in hyperparameters:
+            if not isinstance(t, Tensor):
+                raise OperandError(f"hyperparameters has a {type(t).__name__}; expected tensors")
+        self.network, self.batches = network, batches
+        self.hyperparameters, self.keep_bytes = tuple(hyperparameters), keep_bytes
+        self._kept: dict[int, Linearization | SecondDerivative] = {}
+        self._kept_bytes = 0
+
+    @property
+    def num_parameters(self) -> int:
+        """Length of the parameter vector."""
+        return self.network.numel
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.hyperparameters
+
+    def check_unchanged(self) -> None:
+        self.network.check_unchanged()
+
+    def unravel(self, v: Tensor) -> dict[str, Tensor]:
+        """A parameter vector (P,) as tensors by name."""
+        if v.shape != (self.network.numel,):
+            raise OperandError(f"unravel got {tuple(v.shape)}; expected a parameter vector ({self.network.numel},)")
+        return dict(zip(self.network.names, self.network.split(v)))
+
+    # -- products -------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _record(self, batch: Batch, recorded: Sequence[Tensor]) -> Any:
+        """The recorded pass of a batch."""
+
+    @abstractmethod
+    def _accumulate(self, X: Tensor, over: Known) -> Tensor:
+        """The product with X (m, k), from the recorded pass and the data of each batch."""
+
+    def _matmat(self, X: Tensor) -> Tensor:
+        return self._run(self._accumulate, X)
+
+    def _run(self, product: Callable[[Tensor, Known], Tensor], X: Tensor) -> Tensor:
+        """A product with kept passes, or, where its gradient is wanted, with passes that are recorded for it."""
+        self.network.check_unchanged()
+        if torch.is_grad_enabled() and (X.requires_grad or any(t.requires_grad for t in self.hyperparameters)):
+            recorded = self.hyperparameters or (X,)
+            return product(X, lambda i: self._anew(i, recorded))
+        with torch.no_grad():
+            return product(X, self._known)
+
+    def to_dense(self) -> Tensor:
+        n, m = self.shape
+        preflight(n * m, self.dtype, f"{type(self).__name__}.to_dense() of shape ({n}, {m})",
+                  "use products (A @ x), ritz.trace, ritz.logdet or ritz.solve, which need none of it, or a subset of "
+                  "the parameters (params=)")  # fmt: skip
+        return super().to_dense()
+
+    def _anew(self, i: int, recorded: Sequence[Tensor]) -> tuple[Any, Batch]:
+        batch = to_device(self.batches[i], self.device)
+        return self._record(batch, recorded), batch
+
+    def _known(self, i: int) -> tuple[Any, Batch]:
+        """The recorded pass of a batch, kept while there is room."""
+        batch = to_device(self.batches[i], self.device)
+        if i in self._kept:
+            return self._kept[i], batch
+        found = self._record(batch, ())
+        if self._kept_bytes + found.bytes <= self.keep_bytes:
+            self._kept[i] = found
+            self._kept_bytes += found.bytes
+        return found, batch
+
+
+class Problem:
+    """The arguments that all curvature operators have, checked and made into values.
+
+    ``scale`` is what a sum over loss terms is multiplied by: 1 for ``reduction="sum"``, 1/(number of terms) for "mean",
+    times num_data/(number of examples) where the data is a part of a larger set.
+    """
+
+    def __init__(
+        self,
+        model_or_fn: Any,
+        loss: Any,
+        params: Selection,
+        data: Any,
+        *,
+        reduction: str | None,
+        num_data: int | None,
+        num_loss_terms: float | None,
+        micro_batch: int | None,
+        seed: int | None,
+    ) -> None:
+        if micro_batch is not None and (not isinstance(micro_batch, int) or micro_batch < 1):
+            raise OperandError(f"micro_batch={micro_batch!r}; expected a whole number of examples, at least 1, or None")
+        self.loss, self.reduction = as_loss(loss, reduction)
+        self.network = Network(model_or_fn, params, seed=seed)
+        self.batches = read(data, micro_batch)
+        first = to_device(self.batches[0], self.network.device)
+        self.network.check_deterministic(first.x)
+        examples = sum(b.size for b in self.batches)
+        self.scale = 1.0
+        if num_data is not None:
+            if self.reduction == "mean":
+                raise OperandError("num_data was given with reduction='mean', which does not need it; leave it out")
+            self.scale = num_data / examples
+        if self.reduction == "mean":
+            self.scale = 1.0 / (self._terms() if num_loss_terms is None else float(num_loss_terms))
+        elif num_loss_terms is not None:
+            raise OperandError("num_loss_terms was given with reduction='sum', which needs none; leave it out")
+
+    def _terms(self) -> float:
+        total = 0.0
+        with torch.no_grad():
+            for batch in self.batches:
+                moved = to_device(batch, self.network.device)
+                total += self.loss.terms(self.network(self.network.parameters, moved.x), moved.y)
+        if not total > 0:
+            raise OperandError(f"the data holds {total:g} loss terms; expected more (are all targets ignored?)")
+        return total
+
+
+def preflight(entries: int, dtype: torch.dtype, what: str, instead: str, limit: int = 8 << 30) -> None:
+    """Raise before a matrix is formed that does not fit, naming what does."""
+    size = entries * dtype.itemsize
+    if size > limit:
+        raise OperandError(f"{what} takes {size / 2**30:.1f} GiB (limit {limit / 2**30:.0f} GiB); {instead}")

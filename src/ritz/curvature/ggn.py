@@ -1,0 +1,143 @@
+"""Gauss–Newton and Fisher matrices of a network over its data, as operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batches import Batch
+from .data_operator import KEEP_BYTES, DataOperator, Known, Problem
+from .linearize import Linearization
+from .network import Selection
+from .statistics import EmpiricalFisher, MonteCarloFisher
+
+
+class GGN(DataOperator):
+    """The generalised Gauss–Newton matrix G = c Σ_n J_nᵀ H_n J_n, (P, P), over all loss terms of the data.
+
+    J_n is the Jacobian of the outputs in the selected parameters, H_n the Hessian of the loss in the outputs, in closed
+    form: the loss is never differentiated twice.
+
+    Args:
+        model_or_fn: a module, or a function (params, x) -> outputs.
+        loss: ``CrossEntropy()``, ``SquaredError()``, ``BinaryCrossEntropy()``, ``Poisson()``, ``CustomLoss(...)``, or
+            torch's module of the same meaning, such as ``nn.CrossEntropyLoss()``.
+        params: of a module: None for all that require a gradient, parameters, or names (of submodules too); of a
+            function: what it is called with, a tensor, list or dict.
+        data: a pair (x, y), or a DataLoader of pairs, which is read once and kept. Inputs may be nested in dicts or
+            tuples (a tuple is the argument list of a module).
+        reduction: "mean" (c = 1/number of terms of all data) or "sum" (c = 1); None: the module's own, else "mean".
+        num_data: with "sum", how many examples the data stands for: c = num_data / number of examples.
+        num_loss_terms: with "mean", the number to divide by where it is not that of the data.
+        micro_batch: examples at a time; None leaves batches as they come. Only where examples do not see each other.
+        seed: fixes the draws of dropout; without it a network that is random is refused.
+        hyperparameters: tensors that products are differentiable in.
+        keep_bytes: recorded passes are kept between products up to this; 0 records each anew for every product.
+
+    Raises:
+        OperandError: unknown parameters or losses, targets that do not fit, batch statistics, dropout without a seed,
+            outputs that do not depend on the parameters; in products, parameters that were changed in place since.
+
+    Cost: a product costs about three forward passes over the data a column (two, and one for the recording where it is
+    not kept). Columns go through together as memory allows. Derivatives: in ``hyperparameters`` and in the operand, to
+    any order. Attention is computed by its formula, since fused kernels have no second derivative.
+    """
+
+    def __init__(
+        self,
+        model_or_fn: Any,
+        loss: Any,
+        params: Selection = None,
+        data: Any = None,
+        *,
+        reduction: str | None = None,
+        num_data: int | None = None,
+        num_loss_terms: float | None = None,
+        micro_batch: int | None = None,
+        seed: int | None = None,
+        hyperparameters: Sequence[Tensor] = (),
+        keep_bytes: int = KEEP_BYTES,
+    ) -> None:
+        problem = Problem(
+            model_or_fn, loss, params, data, reduction=reduction, num_data=num_data, num_loss_terms=num_loss_terms,
+            micro_batch=micro_batch, seed=seed,
+        )  # fmt: skip
+        P = problem.network.numel
+        super().__init__(
+            problem.network, problem.batches, (P, P), hyperparameters=hyperparameters, keep_bytes=keep_bytes, psd=True
+        )
+        self.loss, self.scale, self.reduction = problem.loss, problem.scale, problem.reduction
+
+    def _record(self, batch: Batch, recorded: Sequence[Tensor]) -> Linearization:
+        return Linearization(self.network, batch.x, recorded)
+
+    def _middle(self, i: int, batch: Batch, f: Tensor, U: Tensor) -> Tensor:
+        """H U for U (k, *shape of f)."""
+        return self.loss.hessian(f, batch.y).product(U)
+
+    def _accumulate(self, X: Tensor, over: Known) -> Tensor:
+        V, total = X.mT.contiguous(), None
+        for i in range(len(self.batches)):
+            at, batch = over(i)
+            found = at.vjp(self._middle(i, batch, at.f, at.jvp(V)))
+            total = found if total is None else total + found
+        return self.scale * total.mT  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True)
+class ExactFisher:
+    """The expectation over the model's labels, in closed form: for these losses the Gauss–Newton matrix."""
+
+
+class Fisher(GGN):
+    """The Fisher information F = c Σ_n E[∇ℓ_n ∇ℓ_nᵀ], (P, P).
+
+    Args:
+        kind: :class:`ExactFisher` (the default), ``MonteCarloFisher(samples)``: labels drawn from the model once and
+            for all, or ``EmpiricalFisher()``: the labels of the data.
+        others: as in :class:`GGN`.
+
+    A loss term is a row of outputs (f of shape (n, …, C) has n·…, and one-dimensional f one an entry): the empirical
+    matrix is a sum of their gradients' outer products. Of a matrix that is estimated from labels, products are
+    differentiable in ``hyperparameters`` at fixed labels.
+    """
+
+    def __init__(
+        self,
+        model_or_fn: Any,
+        loss: Any,
+        params: Selection = None,
+        data: Any = None,
+        *,
+        kind: ExactFisher | MonteCarloFisher | EmpiricalFisher = ExactFisher(),
+        **settings: Any,
+    ) -> None:
+        super().__init__(model_or_fn, loss, params, data, **settings)
+        self.kind = kind
+        self._gradients: dict[int, list[Tensor]] = {}
+
+    def _middle(self, i: int, batch: Batch, f: Tensor, U: Tensor) -> Tensor:
+        if isinstance(self.kind, ExactFisher):
+            return super()._middle(i, batch, f, U)
+        axis = self.loss._axis(f)
+        total = torch.zeros_like(U)
+        for g in self._label_gradients(i, batch, f):
+            # A one-dimensional f has one output a term.
+            total = total + g * (g * U if f.ndim == 1 else (g * U).sum(axis, keepdim=True))
+        return total
+
+    def _label_gradients(self, i: int, batch: Batch, f: Tensor) -> list[Tensor]:
+        """Gradients in the outputs at the labels, per sample, such that the sum of their outer products is meant."""
+        if isinstance(self.kind, EmpiricalFisher):
+            return [self.loss.gradient(f, batch.y)]
+        if i not in self._gradients:
+            assert isinstance(self.kind, MonteCarloFisher)
+            generator = self.kind.generator or torch.Generator(f.device).manual_seed(i)
+            samples = self.kind.samples
+            drawn = [self.loss.sampled_gradient(f.detach(), generator, batch.y) for _ in range(samples)]
+            self._gradients[i] = [g / samples**0.5 for g in drawn]
+        return self._gradients[i]
