@@ -1,6 +1,7 @@
 """ritz: gradients of functions of large matrices, and learning with the curvature they give."""
 
-from . import curvature, errors, functions, gp, kernels, krylov, operators, optim, stochastic, testing
+from . import curvature, eig, errors, functions, gp, kernels, krylov, operators, optim, stochastic, testing
+from .eig import eigsh
 from .errors import (
     BreakdownError,
     ConvergenceError,
@@ -51,6 +52,8 @@ __all__ = [
     "bilinear_form",
     "curvature",
     "diagonal",
+    "eig",
+    "eigsh",
     "errors",
     "expm_multiply",
     "functions",

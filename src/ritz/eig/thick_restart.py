@@ -1,0 +1,108 @@
+"""Thick-restart block Lanczos: the wanted Ritz pairs and a block of new directions are kept, the rest is dropped.
+
+With orthonormal V and T = Vᴴ A V, every step keeps A V = V T + F Eᴴ, where E picks the last b columns and F is what the
+last products have outside of the basis. A Ritz pair (θ, V s) has the residual ‖F Eᴴ s‖, without a further product. A
+restart replaces V by V S for the kept vectors S, and F again stands for what comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Found:
+    """Ritz values (k,) and vectors (n, k), best first, residual norms (k,), restarts, and whether all converged."""
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    restarts: int
+    converged: bool
+
+
+def order_of(which: str, theta: Tensor, k: int) -> Tensor:
+    """Indices of the k wanted values, best first."""
+    key = {"LA": -theta, "SA": theta, "LM": -theta.abs()}[which]
+    return key.argsort(stable=True)[:k]
+
+
+def thick_restart(
+    product: Product, start: Tensor, k: int, which: str, size: int, tol: float, max_products: int
+) -> Found:
+    """The k wanted pairs of a Hermitian operator.
+
+    Args:
+        product: A X for blocks (n, b).
+        start: (n, b), linearly independent columns.
+        size: columns of the basis at most; k + 2b ≤ size ≤ n.
+        tol: of residuals, relative to the largest |θ|.
+        max_products: limit on columns that go through the product.
+    """
+    n, b = start.shape
+    V = torch.zeros(n, size, dtype=start.dtype, device=start.device)
+    T = torch.zeros(size, size, dtype=start.dtype, device=start.device)
+    block, _ = _orthonormal(start, V[:, :0])
+    filled = spent = restarts = 0
+    while True:
+        F = R = None
+        while filled + block.shape[1] <= size:
+            new = slice(filled, filled + block.shape[1])
+            V[:, new] = block
+            filled = new.stop
+            W = product(block)
+            spent += block.shape[1]
+            W, c = _project(V[:, :filled], W)
+            T[:filled, new] = c
+            T[new, :filled] = c.mH
+            if filled >= n:
+                R = torch.zeros(block.shape[1], block.shape[1], dtype=T.dtype, device=T.device)
+                break
+            F, R = _orthonormal(W, V[:, :filled])
+            block = F[:, : max(0, min(F.shape[1], n - filled))]
+        theta, S = torch.linalg.eigh(0.5 * (T[:filled, :filled] + T[:filled, :filled].mH))
+        chosen = order_of(which, theta, k)
+        assert R is not None
+        last = S[filled - R.shape[1] :, chosen]
+        residuals = torch.linalg.vector_norm(R @ last, dim=0)
+        done = bool((residuals <= tol * theta.abs().max()).all()) or filled >= n
+        if done or spent >= max_products or not block.shape[1]:
+            return Found(theta[chosen], V[:, :filled] @ S[:, chosen], residuals, restarts, done)
+        # Some more than the wanted ones: the gap to what is dropped sets the speed.
+        keep = min(k + max(b, (size - k) // 3), filled - b)
+        best = order_of(which, theta, keep)
+        V[:, :keep] = V[:, :filled] @ S[:, best]
+        T.zero_()
+        T[:keep, :keep] = torch.diag(theta[best].to(T.dtype))
+        filled, restarts = keep, restarts + 1
+
+
+def _project(V: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+    """W without its part in the span of V, and the coefficients; twice is enough."""
+    c = V.mH @ W
+    W = W - V @ c
+    d = V.mH @ W
+    return W - V @ d, c + d
+
+
+def _orthonormal(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """F and R with W = F R, F orthonormal and orthogonal to V; a direction that has run out is drawn anew, its R zero.
+
+    What is left of a column can be rounding error of what was taken away, and lie in V again: it is projected once more
+    at unit length.
+    """
+    eps = torch.finfo(W.dtype).eps
+    F, R = torch.linalg.qr(W)
+    lost = R.diagonal().abs() <= 10 * eps * R.abs().max()
+    if bool(lost.any()):
+        generator = torch.Generator().manual_seed(V.shape[1])
+        fresh = torch.randn(W.shape, generator=generator, dtype=torch.float64).to(W)
+        F, R = torch.where(lost, fresh, F), torch.where(lost.unsqueeze(1), torch.zeros_like(R), R)
+    F, again = torch.linalg.qr(_project(V, F)[0])
+    return F, again @ R
