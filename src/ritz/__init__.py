@@ -17,7 +17,7 @@ from .operators import Counting, LinearOperator, aslinearoperator
 from .ravel import ravel
 from .result import Info, Status
 from .solve import CG, MINRES, Direct, Jacobi, Landmarks, Nystrom, PivotedCholesky, RandomlyPivotedCholesky, solve
-from .stochastic import Hutchinson, diagonal, logdet, trace
+from .stochastic import Deflated, Hutchinson, diagonal, logdet, trace
 
 __version__ = "0.1.0.dev0"
 
@@ -30,6 +30,7 @@ __all__ = [
     "ConvergenceError",
     "ConvergenceWarning",
     "Counting",
+    "Deflated",
     "Direct",
     "DomainError",
     "Frechet",

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..krylov.block import orthonormal, project
+
 Product = Callable[[Tensor], Tensor]
 
 
@@ -48,7 +50,7 @@ def thick_restart(
     n, b = start.shape
     V = torch.zeros(n, size, dtype=start.dtype, device=start.device)
     T = torch.zeros(size, size, dtype=start.dtype, device=start.device)
-    block, _ = _orthonormal(start, V[:, :0])
+    block, _ = orthonormal(start, V[:, :0])
     filled = spent = restarts = 0
     while True:
         F = R = None
@@ -58,13 +60,13 @@ def thick_restart(
             filled = new.stop
             W = product(block)
             spent += block.shape[1]
-            W, c = _project(V[:, :filled], W)
+            W, c = project(V[:, :filled], W)
             T[:filled, new] = c
             T[new, :filled] = c.mH
             if filled >= n:
                 R = torch.zeros(block.shape[1], block.shape[1], dtype=T.dtype, device=T.device)
                 break
-            F, R = _orthonormal(W, V[:, :filled])
+            F, R = orthonormal(W, V[:, :filled])
             block = F[:, : max(0, min(F.shape[1], n - filled))]
         theta, S = torch.linalg.eigh(0.5 * (T[:filled, :filled] + T[:filled, :filled].mH))
         chosen = order_of(which, theta, k)
@@ -81,28 +83,3 @@ def thick_restart(
         T.zero_()
         T[:keep, :keep] = torch.diag(theta[best].to(T.dtype))
         filled, restarts = keep, restarts + 1
-
-
-def _project(V: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
-    """W without its part in the span of V, and the coefficients; twice is enough."""
-    c = V.mH @ W
-    W = W - V @ c
-    d = V.mH @ W
-    return W - V @ d, c + d
-
-
-def _orthonormal(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-    """F and R with W = F R, F orthonormal and orthogonal to V; a direction that has run out is drawn anew, its R zero.
-
-    What is left of a column can be rounding error of what was taken away, and lie in V again: it is projected once more
-    at unit length.
-    """
-    eps = torch.finfo(W.dtype).eps
-    F, R = torch.linalg.qr(W)
-    lost = R.diagonal().abs() <= 10 * eps * R.abs().max()
-    if bool(lost.any()):
-        generator = torch.Generator().manual_seed(V.shape[1])
-        fresh = torch.randn(W.shape, generator=generator, dtype=torch.float64).to(W)
-        F, R = torch.where(lost, fresh, F), torch.where(lost.unsqueeze(1), torch.zeros_like(R), R)
-    F, again = torch.linalg.qr(_project(V, F)[0])
-    return F, again @ R

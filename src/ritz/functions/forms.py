@@ -144,6 +144,7 @@ def shared_forms(
         functions = [f for t in terms for f in shifted(t)]
         space, error, status = build(run.matmat, Vn, chosen, functions)
         assert isinstance(space, HermitianSpace)
+        space = space.without_rounding() if A.psd else space
         space.check_domain(functions)
         weights = space.first.square()  # ‖v‖² times the Gauss weights
         values = [form_values(t, space.ritz, weights).to(V.real.dtype) for t in terms]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ..result import Info, OnFailure, Status, caller_level
 from .scalar import ScalarFunction
 
 Product = Callable[[Tensor], Tensor]
+PSD_ROUNDING = 1e3  # in units of eps·‖A‖: negative Ritz values that a positive semidefinite operator may show
 FIRST, GROWTH = 8, 1.2  # adaptive depth: first look after so many steps, next after that factor
 
 
@@ -41,6 +42,13 @@ class HermitianSpace:
     def first(self) -> Tensor:
         """Components of ‖v‖e₁ in the Ritz vectors, (m, k)."""
         return self.state.norm.to(self.vectors.dtype).unsqueeze(1) * self.vectors[:, 0, :]
+
+    def without_rounding(self) -> HermitianSpace:
+        """The space of a positive semidefinite operator: Ritz values that are negative by rounding become zero."""
+        if not self.ritz.numel():
+            return self
+        error = PSD_ROUNDING * torch.finfo(self.basis.dtype).eps * self.ritz.abs().max()
+        return replace(self, ritz=torch.where((self.ritz < 0) & (self.ritz >= -error), 0.0, self.ritz))
 
     def small(self, f: ScalarFunction) -> Tensor:
         """‖v‖ f(T) e₁, (m, k)."""
@@ -239,7 +247,7 @@ def check_psd(A: LinearOperator, space: Space, info: Info, on_failure: OnFailure
     if not ritz.numel():
         return
     smallest, largest = float(ritz.min()), float(ritz.abs().max())
-    if smallest >= -1e3 * torch.finfo(space.basis.dtype).eps * largest:
+    if smallest >= -PSD_ROUNDING * torch.finfo(space.basis.dtype).eps * largest:
         return
     info.status = Status.NOT_POSITIVE
     text = (

@@ -17,6 +17,7 @@ from ..operators.base import LinearOperator
 from ..operators.convert import aslinearoperator
 from ..pairing import check_square
 from ..result import Info, OnFailure, Status
+from .deflated import Deflated, deflated_trace
 from .preconditioned import preconditioned_logdet
 from .probes import Hutchinson, mean_and_error
 
@@ -25,7 +26,7 @@ def trace(
     A: LinearOperator,
     f: Any = None,
     *,
-    estimator: Hutchinson = Hutchinson(),
+    estimator: Hutchinson | Deflated = Hutchinson(),
     method: KrylovMethod = Auto(),
     gradient: GradientRule = Frechet(),
     shifts: Tensor | None = None,
@@ -38,7 +39,8 @@ def trace(
     Args:
         A: square operator (n, n).
         f: from ``ritz.functions`` or a callable on eigenvalues; None for tr A itself (one product, no Krylov run).
-        estimator: ``Hutchinson(m, seed=0)``; exact when m >= n.
+        estimator: ``Hutchinson(m, seed=0)``, exact when m >= n; or ``Deflated(columns, m)``, which takes a Krylov space
+            out exactly first: for Hermitian A with few large eigenvalues.
         method, gradient, on_failure: as in :func:`ritz.quadratic_form`.
         shifts: values σ (p,): tr f(A + σI) for each of them from the same run (Krylov spaces do not see shifts), with
             gradients in σ.
@@ -53,8 +55,13 @@ def trace(
     """
     A = aslinearoperator(A)
     check_square(A, "a trace")
-    _check_estimator(estimator)
     n = A.shape[0]
+    if isinstance(estimator, Deflated):
+        resolved = estimator.resolve(n)
+        if isinstance(resolved, Deflated):
+            return _deflated(A, f, resolved, method, gradient, shifts, generator, return_info, on_failure)
+        estimator = resolved
+    _check_estimator(estimator)
     Z = estimator.probes(n, A.dtype, A.device, generator)
     if f is None:
         if shifts is not None:
@@ -80,15 +87,39 @@ def trace(
     return (value, info) if return_info else value
 
 
+def _deflated(
+    A: LinearOperator,
+    f: Any,
+    estimator: Deflated,
+    method: KrylovMethod,
+    gradient: GradientRule,
+    shifts: Tensor | None,
+    generator: torch.Generator | None,
+    return_info: bool,
+    on_failure: OnFailure,
+) -> Any:
+    chosen = choose(A, method)
+    if f is None or not isinstance(chosen, Lanczos):
+        raise OperandError(
+            f"{estimator} needs a function f of a Hermitian operator; declare hermitian=True if it is one"
+        )
+    value, info = deflated_trace(
+        A, as_function(f), estimator, method=chosen, gradient=gradient, shifts=shifts, generator=generator,
+        on_failure=on_failure,
+    )  # fmt: skip
+    info.details["estimator"] = estimator
+    return (value, info) if return_info else value
+
+
 def _check_estimator(estimator: object) -> None:
     if not isinstance(estimator, Hutchinson):
-        raise OperandError(f"estimator={estimator!r}; expected Hutchinson(m) with m probes")
+        raise OperandError(f"estimator={estimator!r}; expected Hutchinson(m) with m probes, or Deflated(columns, m)")
 
 
 def logdet(
     A: LinearOperator,
     *,
-    estimator: Hutchinson = Hutchinson(),
+    estimator: Hutchinson | Deflated = Hutchinson(),
     method: KrylovMethod = Auto(),
     gradient: GradientRule = Frechet(),
     shifts: Tensor | None = None,
@@ -126,7 +157,8 @@ def logdet(
             )
         A = aslinearoperator(A)
         check_square(A, "a log-determinant")
-        _check_estimator(estimator)
+        if not isinstance(estimator, Hutchinson):
+            raise OperandError(f"estimator={estimator} with a preconditioner; expected Hutchinson(m)")
         value, info = preconditioned_logdet(
             A,
             preconditioner,
