@@ -12,12 +12,13 @@ from torch import Tensor
 from ..errors import OperandError
 from ..operators import LinearOperator
 from .batches import Batch, read, to_device
-from .linearize import Linearization, SecondDerivative
+from .factored import Factored
 from .network import Network, Selection
 from .torch_losses import as_loss
 
 Known = Callable[[int], tuple[Any, Batch]]  # the recorded pass and the data of a batch
 
+FEW_COLUMNS = 8  # columns after which the backward passes behind rows in factored form are worth it
 KEEP_BYTES = 1 << 30  # graphs of all batches that are kept between products; beyond, each is recorded anew
 
 
@@ -49,8 +50,10 @@ class DataOperator(LinearOperator):
                 raise OperandError(f"hyperparameters has a {type(t).__name__}; expected tensors")
         self.network, self.batches = network, batches
         self.hyperparameters, self.keep_bytes = tuple(hyperparameters), keep_bytes
-        self._kept: dict[int, Linearization | SecondDerivative] = {}
+        self._kept: dict[int, Any] = {}
         self._kept_bytes = 0
+        self._columns = 0  # that went through products without a graph
+        self._no_rows: set[int] = set()
 
     @property
     def num_parameters(self) -> int:
@@ -75,6 +78,10 @@ class DataOperator(LinearOperator):
     def _record(self, batch: Batch, recorded: Sequence[Tensor]) -> Any:
         """The recorded pass of a batch."""
 
+    def _factor(self, i: int, batch: Batch, limit: int) -> Factored | None:
+        """The batch in factored form, where it has one that fits."""
+        return None
+
     @abstractmethod
     def _accumulate(self, X: Tensor, over: Known) -> Tensor:
         """The product with X (m, k), from the recorded pass and the data of each batch."""
@@ -88,6 +95,7 @@ class DataOperator(LinearOperator):
         if torch.is_grad_enabled() and (X.requires_grad or any(t.requires_grad for t in self.hyperparameters)):
             recorded = self.hyperparameters or (X,)
             return product(X, lambda i: self._anew(i, recorded))
+        self._columns += X.shape[1]
         with torch.no_grad():
             return product(X, self._known)
 
@@ -103,15 +111,26 @@ class DataOperator(LinearOperator):
         return self._record(batch, recorded), batch
 
     def _known(self, i: int) -> tuple[Any, Batch]:
-        """The recorded pass of a batch, kept while there is room."""
+        """What is kept of a batch; its rows once as many columns went through as their backward passes cost."""
         batch = to_device(self.batches[i], self.device)
-        if i in self._kept:
-            return self._kept[i], batch
-        found = self._record(batch, ())
+        kept = self._kept.get(i)
+        if not isinstance(kept, Factored) and i not in self._no_rows and self._columns >= FEW_COLUMNS:
+            room = self.keep_bytes - self._kept_bytes + (kept.bytes if kept is not None else 0)
+            rows = self._factor(i, batch, room) if room > 0 else None
+            if rows is None:
+                self._no_rows.add(i)
+            else:
+                return self._keep(i, rows), batch
+        return kept if kept is not None else self._keep(i, self._record(batch, ())), batch
+
+    def _keep(self, i: int, found: Any) -> Any:
+        """Keep a batch, in place of what was kept of it, where there is room."""
+        old = self._kept.pop(i, None)
+        self._kept_bytes -= old.bytes if old is not None else 0
         if self._kept_bytes + found.bytes <= self.keep_bytes:
             self._kept[i] = found
             self._kept_bytes += found.bytes
-        return found, batch
+        return found
 
 
 class Problem:

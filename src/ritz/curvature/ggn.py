@@ -11,7 +11,9 @@ from torch import Tensor
 
 from .batches import Batch
 from .data_operator import KEEP_BYTES, DataOperator, Known, Problem
+from .factored import MOST_VECTORS, Factored, factor, unit_vectors
 from .linearize import Linearization
+from .losses import CustomLoss
 from .network import Selection
 from .statistics import EmpiricalFisher, MonteCarloFisher
 
@@ -75,6 +77,16 @@ class GGN(DataOperator):
     def _record(self, batch: Batch, recorded: Sequence[Tensor]) -> Linearization:
         return Linearization(self.network, batch.x, recorded)
 
+    def _factor(self, i: int, batch: Batch, limit: int) -> Factored | None:
+        return factor(self.network, batch.x, batch.size, lambda f: self._roots(i, batch, f), limit)
+
+    def _roots(self, i: int, batch: Batch, f: Tensor) -> Sequence[Tensor]:
+        """Output vectors u with Σ_q u uᵀ = H for every example, each of f's shape."""
+        if isinstance(self.loss, CustomLoss) or f[0].numel() > MOST_VECTORS:
+            return ()
+        hessian = self.loss.hessian(f, batch.y)
+        return [hessian.root(unit) for unit in unit_vectors(f)]
+
     def _middle(self, i: int, batch: Batch, f: Tensor, U: Tensor) -> Tensor:
         """H U for U (k, *shape of f)."""
         return self.loss.hessian(f, batch.y).product(U)
@@ -83,7 +95,7 @@ class GGN(DataOperator):
         V, total = X.mT.contiguous(), None
         for i in range(len(self.batches)):
             at, batch = over(i)
-            found = at.vjp(self._middle(i, batch, at.f, at.jvp(V)))
+            found = at.gram(V) if isinstance(at, Factored) else at.vjp(self._middle(i, batch, at.f, at.jvp(V)))
             total = found if total is None else total + found
         return self.scale * total.mT  # type: ignore[union-attr]
 
@@ -129,6 +141,19 @@ class Fisher(GGN):
             # A one-dimensional f has one output a term.
             total = total + g * (g * U if f.ndim == 1 else (g * U).sum(axis, keepdim=True))
         return total
+
+    def _roots(self, i: int, batch: Batch, f: Tensor) -> Sequence[Tensor]:
+        if isinstance(self.kind, ExactFisher):
+            return super()._roots(i, batch, f)
+        # A loss term is a row of outputs: an example has as many vectors as rows, each zero outside of its own.
+        rows = torch.ones_like(f[:, 0]) if f.ndim > 1 else torch.ones_like(f)
+        axis = self.loss._axis(f)
+        if f.ndim > 1:
+            rows = f.select(axis, 0)
+        if rows[0].numel() * getattr(self.kind, "samples", 1) > MOST_VECTORS:
+            return ()
+        masks = [m if f.ndim == 1 else m.unsqueeze(axis) for m in unit_vectors(rows)]
+        return [g * mask for g in self._label_gradients(i, batch, f) for mask in masks]
 
     def _label_gradients(self, i: int, batch: Batch, f: Tensor) -> list[Tensor]:
         """Gradients in the outputs at the labels, per sample, such that the sum of their outer products is meant."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .batches import Batch, read, to_device
 from .data_operator import KEEP_BYTES, DataOperator, Known
+from .factored import MOST_VECTORS, Factored, factor, unit_vectors
 from .linearize import Linearization
 from .network import Network, Selection
 
@@ -57,10 +58,24 @@ class Jacobian(DataOperator):
     def _record(self, batch: Batch, recorded: Sequence[Tensor]) -> Linearization:
         return Linearization(self.network, batch.x, recorded)
 
+    def _factor(self, i: int, batch: Batch, limit: int) -> Factored | None:
+        def vectors(f: Tensor) -> Sequence[Tensor]:
+            shape = self._summed(f.shape)
+            if shape[1:].numel() > MOST_VECTORS:
+                return ()
+            units = unit_vectors(f.new_zeros(shape))
+            return [u.unsqueeze(-1).expand(f.shape) if self.sum_outputs else u for u in units]
+
+        return factor(self.network, batch.x, batch.size, vectors, limit)
+
     def _accumulate(self, X: Tensor, over: Known) -> Tensor:
         V, parts = X.mT.contiguous(), []
         for i in range(len(self.batches)):
-            U = over(i)[0].jvp(V)
+            at = over(i)[0]
+            if isinstance(at, Factored):
+                parts.append(at.rows(V).flatten(0, 1).mT)
+                continue
+            U = at.jvp(V)
             parts.append((U.sum(-1) if self.sum_outputs else U).reshape(V.shape[0], -1))
         return torch.cat(parts, 1).mT
 
@@ -70,10 +85,14 @@ class Jacobian(DataOperator):
     def _accumulate_adjoint(self, X: Tensor, over: Known) -> Tensor:
         total = None
         for i, part in enumerate(X.mT.split(self._rows, 1)):
-            shape = self._output_shapes[i]
+            shape, at = self._output_shapes[i], over(i)[0]
+            if isinstance(at, Factored):
+                found = at.adjoint(part.mT.reshape(shape[0], at.q, X.shape[1]))
+                total = found if total is None else total + found
+                continue
             U = part.reshape((X.shape[1],) + self._summed(shape))
             U = U.unsqueeze(-1).expand((X.shape[1],) + shape) if self.sum_outputs else U
-            found = over(i)[0].vjp(U)
+            found = at.vjp(U)
             total = found if total is None else total + found
         return total.mT  # type: ignore[union-attr]
 
