@@ -17,7 +17,7 @@ from .operators import Counting, LinearOperator, aslinearoperator
 from .ravel import ravel
 from .result import Info, Status
 from .solve import CG, MINRES, Direct, Jacobi, Landmarks, Nystrom, PivotedCholesky, RandomlyPivotedCholesky, solve
-from .stochastic import Deflated, Hutchinson, diagonal, logdet, trace
+from .stochastic import Deflated, Hutchinson, diagonal, logdet, spectral_density, trace
 
 __version__ = "0.1.0.dev0"
 
@@ -68,6 +68,7 @@ __all__ = [
     "quadratic_form",
     "ravel",
     "solve",
+    "spectral_density",
     "stochastic",
     "testing",
     "trace",

@@ -1,7 +1,17 @@
 """Stochastic estimates with fixed probes and standard errors: traces, log-determinants, diagonals."""
 
 from .deflated import Deflated
+from .measure import SpectralMeasure, spectral_density, spectral_measure
 from .probes import Hutchinson
 from .trace import diagonal, logdet, trace
 
-__all__ = ["Deflated", "Hutchinson", "diagonal", "logdet", "trace"]
+__all__ = [
+    "Deflated",
+    "Hutchinson",
+    "SpectralMeasure",
+    "diagonal",
+    "logdet",
+    "spectral_density",
+    "spectral_measure",
+    "trace",
+]

@@ -80,7 +80,7 @@ def deflated_trace(
     shifts = shift_tensor(shifts, A)
     known, space = _known_part(A, start, f, shifts, estimator, gradient)
     Q = space.V[:, : estimator.columns]
-    Z = _on_the_rest(Q, estimator, generator)
+    Z = on_the_rest(Q, estimator, generator)
     (samples,), info = shared_forms(
         A, Z, [Term(f, slice(None), shifts)], method=method, gradient=gradient, on_failure=on_failure
     )
@@ -127,7 +127,7 @@ def _known_part(
     return value, space
 
 
-def _on_the_rest(Q: Tensor, estimator: Deflated, generator: torch.Generator | None) -> Tensor:
+def on_the_rest(Q: Tensor, estimator: Deflated, generator: torch.Generator | None) -> Tensor:
     """Probes (n, m), uniform on the sphere of radius √(n − columns) in the complement of Q.
 
     A projected Rademacher vector has a random length, through which a constant in f (the log σ of log(A + σ)) would
