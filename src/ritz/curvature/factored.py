@@ -12,67 +12,16 @@ Exact where every selected parameter is a weight or a bias of layers with a rule
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
-from .capture import Capture
-from .discover import Site, discover
-from .layers import ConvRule, OneHot
+from .layers import OneHot
 from .network import Network
+from .uses import Passes, Use, collect, watch
 
 MOST_VECTORS = 256  # output vectors an example; beyond, a backward pass for each costs more than products save
-
-
-@dataclass
-class Use:
-    """One product of a layer: which blocks of θ it belongs to, inputs, and the output gradients collected so far."""
-
-    site: Site
-    weight: int | None  # index among the selected parameters
-    bias: int | None
-    a: Tensor | OneHot
-    first: int  # row of a packed weight where the used ones begin
-    gradients: list[Tensor] = field(default_factory=list)
-
-    def examples(self) -> int:
-        """How many examples the inputs and the gradients have; −1 where they differ."""
-        n = (self.a.index if isinstance(self.a, OneHot) else self.a).shape[0]
-        return n if all(g.shape[0] == n for g in self.gradients) else -1
-
-
-class Collected:
-    """A sink that keeps what every use reports for every output vector."""
-
-    def __init__(self, where: Callable[[Site], tuple[int | None, int | None]]) -> None:
-        self._where = where
-        self.uses: list[Use] = []
-        self._next: dict[int, int] = {}
-
-    def wanted(self, site: Site, entries: int | None) -> bool:
-        return True
-
-    def bytes(self) -> int:
-        """Of the gradients of one vector."""
-        return sum(u.gradients[0].numel() * u.gradients[0].element_size() for u in self.uses)
-
-    def start(self) -> None:
-        """A new output vector: uses report in the same order again."""
-        self._next = {}
-
-    def used(self, site: Site, x: Tensor, g: Tensor, y: Sequence[int], first_row: int, again: bool, batch: int) -> None:
-        number = self._next.get(id(site), 0)
-        self._next[id(site)] = number + 1
-        same = [u for u in self.uses if u.site is site]
-        if len(same) <= number:
-            weight, bias = self._where(site)
-            use = Use(site, weight, bias, site.rule.inputs(site.module, x, y), first_row)
-            self.uses.append(use)
-            same.append(use)
-        same[number].gradients.append(site.rule.outputs(site.module, g, x))
 
 
 class Block:
@@ -206,72 +155,25 @@ def factor(
         x, size: inputs and how many examples they are.
         vectors: from the outputs f to q tensors of f's shape.
     """
-    sites = _sites(network)
-    if sites is None:
+    watched = watch(network, groups=False)
+    if watched.rest:
         return None
-    chosen, where = sites
-    assert network.module is not None
-    leaves = [nn.Parameter(p.detach()) for p in network.parameters]
-    by_id = {id(p): leaf for p, leaf in zip(network.parameters, leaves)}
-    own = [replace(s, weight=by_id.get(id(s.weight), s.weight)) for s in chosen]
-    table = {id(s): at for s, at in zip(own, where)}
-    sink = Collected(lambda site: table[id(site)])
-    capture = Capture(own, sink, deferred=True)
-    try:
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            f = network(leaves, x)
-        if not f.requires_grad or f.ndim == 0 or f.shape[0] != size:
-            return None
-        U = vectors(f.detach())
-        if not 0 < len(U) <= MOST_VECTORS:
-            return None
-
-        def each() -> Iterator[Tensor]:
-            for u in U:
-                if sink.bytes() * len(U) > limit:  # known after the first vector
-                    return
-                sink.start()
-                yield u
-
-        capture.backward(f, each())
-        fits = all(len(use.gradients) == len(U) and use.examples() == size for use in sink.uses)
-        if not fits or not sink.uses:
-            return None
-        out = Factored(network, f.detach(), [Block(use, network, len(U)) for use in sink.uses], len(U))
-        return out if out.bytes <= limit and _agrees(out, f, leaves, U) else None
-    finally:
-        capture.remove()
-
-
-def _sites(network: Network) -> tuple[list[Site], list[tuple[int | None, int | None]]] | None:
-    """Sites to watch, and for each the indices of its weight and bias among the selected parameters.
-
-    None where a selected parameter is neither the weight nor the bias of layers with a rule.
-    """
-    if network.module is None:
+    got = collect(network, watched, x, lambda f: vectors(f) if f.shape[:1] == (size,) else (), limit)
+    if got is None or any(use.examples() != size for use in got.uses):
         return None
-    index = {id(p): i for i, p in enumerate(network.parameters)}
-    sites: list[Site] = []
-    where: list[tuple[int | None, int | None]] = []
-    for weight, own in discover(network.module).items():
-        at = index.get(id(weight)), index.get(id(own.bias)) if own.bias is not None else None
-        if at == (None, None):
-            continue
-        if any(isinstance(s.rule, ConvRule) and getattr(s.module, "groups", 1) > 1 for s in own.sites):
-            continue  # inputs are averaged over the groups: a Kronecker factor, not a row
-        sites += own.sites
-        where += [at] * len(own.sites)
-    covered = {i for at in where for i in at if i is not None}
-    return (sites, where) if covered == set(index.values()) else None
+    q = len(got.vectors)
+    out = Factored(network, got.f.detach(), [Block(use, network, q) for use in got.uses], q)
+    return out if out.bytes <= limit and _agrees(out, got) else None
 
 
-def _agrees(rows: Factored, f: Tensor, leaves: Sequence[Tensor], U: Sequence[Tensor]) -> bool:
+def _agrees(rows: Factored, got: Passes) -> bool:
     """Jᵀ U s by an ordinary backward pass: it differs where examples see each other, or a layer escapes its rule."""
+    f, U = got.f, got.vectors
     generator = torch.Generator().manual_seed(0)
     S = torch.randn(f.shape[0], len(U), 1, generator=generator, dtype=torch.float64).to(f)
     weights = [s.reshape((-1,) + (1,) * (f.ndim - 1)) for s in S.unbind(1)]
     cotangent = torch.stack([s * u for s, u in zip(weights, U)]).sum(0)
-    found = torch.autograd.grad(f, leaves, cotangent, retain_graph=True, allow_unused=True)
-    want, got = rows.network.join(found), rows.adjoint(S)[0]
-    error = torch.linalg.vector_norm(got - want) / torch.linalg.vector_norm(want).clamp(min=1e-30)
+    found = torch.autograd.grad(f, got.leaves, cotangent, retain_graph=True, allow_unused=True)
+    want, have = rows.network.join(found), rows.adjoint(S)[0]
+    error = torch.linalg.vector_norm(have - want) / torch.linalg.vector_norm(want).clamp(min=1e-30)
     return bool(error < torch.finfo(f.dtype).eps ** 0.6)
