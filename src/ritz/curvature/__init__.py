@@ -2,9 +2,11 @@
 
 from .capture import Capture, Sink
 from .discover import Found, Site, discover
+from .eigenblocks import EigenBlock, EigenBlocks
 from .ggn import GGN, ExactFisher, Fisher
 from .hessian import Hessian
 from .jacobian import NTK, Jacobian
+from .kronecker import EKFAC, KFAC, BlockDiagonalGGN, DiagonalGGN
 from .layers import LayerRule, OneHot, rule_for
 from .losses import BinaryCrossEntropy, CrossEntropy, CustomLoss, Poisson, SquaredError
 from .pending import Pending
@@ -13,10 +15,15 @@ from .statistics import EmpiricalFisher, GaussNewton, MonteCarloFisher
 
 __all__ = [
     "BinaryCrossEntropy",
+    "BlockDiagonalGGN",
     "Capture",
     "Count",
     "CrossEntropy",
     "CustomLoss",
+    "DiagonalGGN",
+    "EKFAC",
+    "EigenBlock",
+    "EigenBlocks",
     "EmpiricalFisher",
     "ExactFisher",
     "Expand",
@@ -26,6 +33,7 @@ __all__ = [
     "GaussNewton",
     "Hessian",
     "Jacobian",
+    "KFAC",
     "LayerRule",
     "MonteCarloFisher",
     "NTK",
