@@ -1,6 +1,6 @@
 """ritz: gradients of functions of large matrices, and learning with the curvature they give."""
 
-from . import curvature, eig, errors, functions, gp, kernels, krylov, operators, optim, stochastic, testing
+from . import curvature, eig, errors, functions, gp, kernels, krylov, laplace, operators, optim, stochastic, testing
 from .eig import eigsh
 from .errors import (
     BreakdownError,
@@ -62,6 +62,7 @@ __all__ = [
     "gp",
     "kernels",
     "krylov",
+    "laplace",
     "logdet",
     "operators",
     "optim",

@@ -1,0 +1,341 @@
+"""``Laplace``: a Gaussian posterior around trained parameters, its evidence, and its predictions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..curvature import EKFAC, GGN, KFAC, CrossEntropy, DiagonalGGN, Jacobian, SquaredError
+from ..curvature.batches import read, to_device
+from ..curvature.network import Network
+from ..eig import eigsh
+from ..errors import OperandError
+from ..result import Info
+from .posterior import Blocks, Full, LowRank, Posterior, Prior
+from .predictive import probabilities
+
+LIKELIHOODS = ("classification", "regression")
+STRUCTURES = ("full", "kron", "ekfac", "diag", "lowrank")
+ROWS_BYTES = 256 << 20  # Jacobian rows that a prediction holds at once
+
+
+class Laplace:
+    """Laplace approximation of a network's posterior, with precision G/σ² + D at the trained parameters.
+
+    G is the Gauss–Newton matrix of the summed negative log-likelihood, D the prior precision: one number δ, or one for
+    each named group of parameters.
+
+    Args:
+        model: a trained module, in eval mode where it has dropout or batch norm.
+        likelihood: "classification" (softmax over the last axis) or "regression" (Gaussian of standard deviation
+            ``sigma_noise``).
+        subset: "all" parameters that require a gradient, "last_layer", or names as in :class:`~ritz.curvature.GGN`.
+        structure: "full": the whole of G, never formed: evidence by stochastic Lanczos quadrature behind a Krylov space
+            that is taken out, samples by (I + W)^{-1/2}, variances from its leading eigenpairs or from solves.
+            "kron", "ekfac", "diag": :class:`~ritz.curvature.KFAC`, ``EKFAC``, ``DiagonalGGN``. "lowrank": ``rank``
+            leading eigenpairs alone.
+        sigma_noise: standard deviation of the observations.
+        prior_precision: δ > 0; or a dictionary from names (as in ``subset``) to numbers.
+        prior_mean: of all parameters.
+        rank: eigenpairs, for "lowrank" and for the variances of "full".
+        hyperparameters: tensors inside the model that the evidence is differentiable in ("full" only).
+        settings: further fields of :class:`~ritz.laplace.Full`.
+
+    Example:
+        >>> import torch, ritz
+        >>> model = torch.nn.Linear(2, 3)
+        >>> data = [(torch.randn(8, 2), torch.randint(0, 3, (8,)))]
+        >>> la = ritz.laplace.Laplace(model, "classification").fit(data)
+        >>> la.log_marginal_likelihood(torch.tensor([0.1, 1.0, 10.0])).shape
+        torch.Size([3])
+
+    Reference: MacKay 1992; Daxberger et al., "Laplace redux" (2021), whose names are kept.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str,
+        *,
+        subset: Any = "all",
+        structure: str = "full",
+        sigma_noise: float | Tensor = 1.0,
+        prior_precision: Any = 1.0,
+        prior_mean: float = 0.0,
+        rank: int = 300,
+        hyperparameters: Any = (),
+        micro_batch: int | None = None,
+        **settings: Any,
+    ) -> None:
+        if likelihood not in LIKELIHOODS:
+            raise OperandError(f"likelihood={likelihood!r}; expected 'classification' or 'regression'")
+        if structure not in STRUCTURES:
+            raise OperandError(f"structure={structure!r}; expected one of {', '.join(STRUCTURES)}")
+        if not isinstance(model, nn.Module):
+            raise OperandError(f"the model is a {type(model).__name__}; expected a torch.nn.Module")
+        if hyperparameters and structure != "full":
+            raise OperandError(f"hyperparameters need structure='full'; got structure={structure!r}")
+        self.model, self.likelihood, self.structure, self.rank = model, likelihood, structure, rank
+        self.params = _subset(model, subset)
+        self.hyperparameters, self.micro_batch, self.settings = tuple(hyperparameters), micro_batch, settings
+        self.loss = CrossEntropy() if likelihood == "classification" else SquaredError()
+        self.prior_mean = prior_mean
+        self.posterior: Posterior | None = None
+        self.network = Network(model, self.params)
+        self.sigma_noise, self.prior_precision = sigma_noise, prior_precision
+        self._variance_of(sigma_noise)
+        self._prior_of(prior_precision)
+
+    # -- fitting ------------------------------------------------------------------------------------------------------
+
+    def fit(self, data: Any) -> Laplace:
+        """Curvature and likelihood of the data: a pair (x, y) or a DataLoader of pairs, read once; returns itself.
+
+        "full" records nothing here but the data; the others decompose their matrix.
+        """
+        batches = read(data, self.micro_batch)
+        pairs = [(b.x, b.y) for b in batches]
+        self.network = Network(self.model, self.params)
+        self._data, self._square = pairs, 0.0
+        total, self.num_data, self.num_outputs = 0.0, 0, 0
+        with torch.no_grad():
+            for batch in batches:
+                moved = to_device(batch, self.network.device)
+                f = self.network(self.network.parameters, moved.x)
+                total += float(self.loss.value(f, moved.y))
+                self.num_data += f.shape[0]
+                self.num_outputs += f.numel()
+        if not math.isfinite(total):
+            raise OperandError(f"the negative log-likelihood of the data is {total}; check the model and the targets")
+        self._loss = total
+        theta = torch.cat([p.detach().reshape(-1) for p in self.network.parameters]).double()
+        self._squares = (theta - self.prior_mean).square()
+        kinds = {"kron": KFAC, "ekfac": EKFAC, "diag": DiagonalGGN}
+        options = {"reduction": "sum", "micro_batch": None}
+        if self.structure in kinds:
+            self.posterior = Blocks(kinds[self.structure](self.model, self.loss, self.params, pairs, **options))
+            return self
+        G = GGN(self.model, self.loss, self.params, pairs, hyperparameters=self.hyperparameters, **options)
+        if self.structure == "full":
+            self.posterior = Full(G, rank=self.rank, **self.settings)
+        else:
+            k = min(self.rank, G.shape[0])
+            found = eigsh(G, k, block=min(10, k), rtol=1e-4)
+            self.posterior = LowRank(found.values.clamp(min=0.0), found.vectors)
+        return self
+
+    def _fitted(self) -> Posterior:
+        if self.posterior is None:
+            raise OperandError("this Laplace has no data yet; call .fit(loader) first")
+        return self.posterior
+
+    # -- evidence -----------------------------------------------------------------------------------------------------
+
+    def log_likelihood(self, sigma_noise: Any = None) -> Tensor:
+        """log p(data | parameters), a scalar."""
+        self._fitted()
+        s = self._variance_of(self.sigma_noise if sigma_noise is None else sigma_noise)
+        loss = self._live_loss() if any(t.requires_grad for t in self.hyperparameters) else self._loss
+        if self.likelihood == "classification":
+            return torch.as_tensor(-loss, dtype=torch.float64)
+        return -loss / s - 0.5 * self.num_outputs * torch.log(2 * torch.pi * s)
+
+    def _live_loss(self) -> Tensor:
+        """The loss once more, with the graph of the hyperparameters."""
+        parts = []
+        for x, y in self._data:
+            f = self.network([p.detach() if id(p) not in {id(t) for t in self.hyperparameters} else p
+                              for p in self.network.parameters], x)  # fmt: skip
+            parts.append(self.loss.value(f, y).double())
+        return torch.stack(parts).sum()
+
+    def log_marginal_likelihood(
+        self, prior_precision: Any = None, sigma_noise: Any = None, *, return_info: bool = False
+    ) -> Any:
+        """The Laplace evidence log p(data): a scalar; for a 1-D tensor of prior precisions (p,) the curve (p,).
+
+        Args:
+            prior_precision: a number or tensor () or (p,), a dictionary from names to numbers; None: the current one.
+            sigma_noise: standard deviation of the observations; None: the current one.
+            return_info: also return an :class:`~ritz.result.Info` with the ``standard_error`` of every value.
+
+        A scalar prior precision costs one Krylov run with structure "full", the first time; every further value and the
+        whole curve come from the same numbers. Groups cost one run a value, with the derivatives in all of them.
+        Gradient: in prior_precision, sigma_noise and hyperparameters.
+
+        Raises:
+            OperandError: a value that is not finite, with the reason.
+        """
+        posterior = self._fitted()
+        prior = self._prior_of(self.prior_precision if prior_precision is None else prior_precision)
+        s = self._variance_of(self.sigma_noise if sigma_noise is None else sigma_noise)
+        logdet, error = posterior.logdet(prior, s)
+        if prior.entries is None:
+            assert prior.scalar is not None
+            scatter = prior.scalar * self._squares.sum()
+        else:
+            scatter = (prior.entries * self._squares).sum()
+        value = self.log_likelihood(s.sqrt()) - 0.5 * (scatter + logdet)
+        if not bool(torch.isfinite(value).all()):
+            raise OperandError(
+                f"the log marginal likelihood is {value.detach().tolist()} (log-likelihood "
+                f"{float(self.log_likelihood(s.sqrt())):.6g}, scatter {scatter.detach().tolist()}, log-determinant "
+                f"{logdet.detach().tolist()}); expected finite terms: check the prior precision and the trained weights"
+            )
+        if not return_info:
+            return value
+        return value, Info(posterior, 0, 0, standard_error=0.5 * error)
+
+    def optimize_prior_precision(
+        self, *, sigma_noise: bool | None = None, groups: Any = None, steps: int = 50
+    ) -> Laplace:
+        """Post-hoc: set prior precision (and noise) to where the evidence of the *fixed* trained parameters is largest.
+
+        Args:
+            sigma_noise: whether to optimise the noise as well; None: for regression.
+            groups: names with a precision of their own each, such as the layers; None: one for all.
+            steps: of Adam on logarithms where groups are given; otherwise the curve is searched, without a product.
+
+        Training the network and these together is something else: see ``online``.
+        """
+        self._fitted()
+        noise = self.likelihood == "regression" if sigma_noise is None else sigma_noise
+        if groups is None:
+            delta, sigma = self._best_on_curves(noise)
+            self.prior_precision, self.sigma_noise = delta, sigma
+            return self
+        start = self.prior_precision if not isinstance(self.prior_precision, dict) else 1.0
+        logs = {g: torch.tensor(math.log(float(start)), dtype=torch.float64, requires_grad=True) for g in groups}
+        log_sigma = self._variance_of(self.sigma_noise).detach().sqrt().log().clone().requires_grad_(noise)
+        optimizer = torch.optim.Adam([*logs.values(), *([log_sigma] if noise else [])], lr=0.2)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = -self.log_marginal_likelihood({g: v.exp() for g, v in logs.items()}, log_sigma.exp())
+            loss.backward()
+            optimizer.step()
+        self.prior_precision = {g: float(v.detach().exp()) for g, v in logs.items()}
+        self.sigma_noise = float(log_sigma.detach().exp())
+        return self
+
+    def _best_on_curves(self, noise: bool) -> tuple[float, float]:
+        """The maximum over δ, and over σ by turns: every evaluation is a curve of numbers that are there already."""
+        sigma = float(self._variance_of(self.sigma_noise).detach().sqrt())
+        low, high = 1e-3, 1e5
+        delta = 1.0
+        with torch.no_grad():
+            for _ in range(6 if noise else 1):
+                delta = _maximum(lambda d: self.log_marginal_likelihood(d, sigma), low, high)
+                if noise:
+                    values = lambda S: torch.stack([self.log_marginal_likelihood(delta, float(v)) for v in S])  # noqa: E731, B023
+                    sigma = _maximum(values, 0.1 * sigma, 10 * sigma, points=15)
+        return delta, sigma
+
+    # -- predictions --------------------------------------------------------------------------------------------------
+
+    def functional_variance(self, x: Any) -> tuple[Tensor, Tensor]:
+        """Outputs f (n, C) and the covariance of their linearisation, J Σ Jᵀ, (n, C, C).
+
+        With "full" and a ``rank`` it is an upper bound; ``rank=None`` solves with one right-hand side an output.
+        """
+        posterior = self._fitted()
+        prior, s = self._prior_of(self.prior_precision), self._variance_of(self.sigma_noise).detach()
+        outputs, variances = [], []
+        with torch.no_grad():
+            f = self.network(self.network.parameters, x)
+        if f.ndim == 1:
+            raise OperandError("the model returns one number an example, shape (n,); expected (n, C), C may be 1")
+        C, P = f.shape[-1], self.network.numel
+        step = max(1, ROWS_BYTES // (C * P * f.element_size()))
+        for start in range(0, f.shape[0], step):
+            piece = x[start : start + step]
+            J = Jacobian(self.model, None, self.params, piece)
+            rows = J._rmatmat(torch.eye(J.shape[0], dtype=f.dtype, device=f.device)).mT.reshape(-1, C, P)
+            with torch.no_grad():
+                variances.append(posterior.variance(rows, prior, s))
+            outputs.append(f[start : start + step])
+        return torch.cat(outputs), torch.cat(variances)
+
+    def predict(self, x: Tensor, *, link: str = "probit", samples: int = 100, seed: int = 0) -> Any:
+        """Predictions of the linearised network.
+
+        Returns:
+            Classification: class probabilities (n, C), by ``link``: "probit", "mc" (``samples`` draws), "bridge".
+            Regression: mean (n, C) and covariance (n, C, C) of the outputs, without the observation noise σ².
+        """
+        f, variance = self.functional_variance(x)
+        if self.likelihood == "regression":
+            return f, variance
+        return probabilities(link, f, variance, samples, seed)
+
+    __call__ = predict
+
+    def sample(self, count: int = 1, *, seed: int = 0) -> Tensor:
+        """Posterior draws of the parameters, (count, P), in the order of ``network.names``."""
+        P = self.network.numel
+        prior, s = self._prior_of(self.prior_precision), self._variance_of(self.sigma_noise).detach()
+        Z = torch.randn(count, P, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        Z = Z.to(self.network.device, self.network.dtype)
+        with torch.no_grad():
+            theta = torch.cat([p.reshape(-1) for p in self.network.parameters])
+            return theta + self._fitted().sample(Z, prior, s)
+
+    # -- values -------------------------------------------------------------------------------------------------------
+
+    def _variance_of(self, sigma: Any) -> Tensor:
+        s = torch.as_tensor(sigma, dtype=torch.float64)
+        if s.ndim or not bool(s > 0):
+            raise OperandError(f"sigma_noise={sigma!r}; expected one positive standard deviation")
+        if self.likelihood == "classification" and float(s.detach()) != 1.0:
+            raise OperandError(
+                f"sigma_noise={float(s.detach())} with likelihood='classification', which has none; leave it out"
+            )
+        return s.square()
+
+    def _prior_of(self, given: Any) -> Prior:
+        if not isinstance(given, dict):
+            value = torch.as_tensor(given, dtype=torch.float64)
+            if value.ndim > 1 or not bool((value > 0).all()):
+                raise OperandError(f"prior_precision={given!r}; expected positive numbers, a scalar or a 1-D tensor")
+            return Prior(value)
+        entries: list[Tensor | None] = [None] * len(self.network.names)
+        for name, value in given.items():
+            own = [i for i, n in enumerate(self.network.names) if n == name or n.startswith(str(name) + ".")]
+            number = torch.as_tensor(value, dtype=torch.float64)
+            if not own or number.numel() != 1 or not bool(number > 0):
+                raise OperandError(
+                    f"prior_precision has {name!r}: {value!r}; expected a positive number for one of "
+                    f"{', '.join(self.network.names)}, or for a module of them"
+                )
+            for i in own:
+                entries[i] = number.reshape(1).expand(self.network.sizes[i])
+        missing = [n for n, e in zip(self.network.names, entries) if e is None]
+        if missing:
+            raise OperandError(f"prior_precision has nothing for {', '.join(missing)}; give every parameter a group")
+        return Prior(None, torch.cat([e for e in entries if e is not None]))
+
+
+def _subset(model: nn.Module, subset: Any) -> Any:
+    if subset == "all":
+        return None
+    if subset == "last_layer":
+        own = [name for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
+        if not own:
+            raise OperandError("the model has no parameters, and so no last layer")
+        return own[-1] if own[-1] else None
+    return subset
+
+
+def _maximum(values: Callable[[Tensor], Tensor], low: float, high: float, points: int = 41) -> float:
+    """The maximiser of a function of positive numbers on [low, high], by two finer and finer grids of logarithms."""
+    best = low
+    for _ in range(4):
+        grid = torch.logspace(math.log10(low), math.log10(high), points, dtype=torch.float64)
+        found = values(grid)
+        i = int(found.argmax())
+        best = float(grid[i])
+        low, high = float(grid[max(i - 1, 0)]), float(grid[min(i + 1, points - 1)])
+    return best

@@ -1,0 +1,224 @@
+"""Gaussian posteriors with precision G/s + D: what the evidence, samples and predictive variances need of them.
+
+G is a Gauss–Newton matrix of a summed loss, s the observation noise variance (1 for classification), D the diagonal
+prior precision. All of it goes through the whitened matrix W = D^{-1/2} (G/s) D^{-1/2}, whose log det(I + W) is the only
+thing that the evidence needs, and which has the identity as its smallest eigenvalue wherever the data says nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functions
+from ..curvature import GGN, EigenBlocks
+from ..eig import eigsh
+from ..errors import OperandError
+from ..functions import funm_multiply
+from ..methods import Lanczos
+from ..operators import Diagonal
+from ..solve import CG, solve
+from ..stochastic import Deflated, Hutchinson, SpectralMeasure, logdet, spectral_measure
+
+
+@dataclass(frozen=True)
+class Prior:
+    """δ for every parameter: one number, or one for each group of parameters.
+
+    ``scalar`` is () or (p,), a curve; ``entries`` (P,) in the order of θ, where groups differ.
+    """
+
+    scalar: Tensor | None
+    entries: Tensor | None = None
+
+    def diagonal(self, P: int) -> Tensor:
+        """D as a vector (P,); not for a curve."""
+        if self.entries is not None:
+            return self.entries
+        assert self.scalar is not None
+        return self.scalar.reshape(1).expand(P)
+
+
+class Posterior(ABC):
+    """A structure of the posterior covariance."""
+
+    @abstractmethod
+    def logdet(self, prior: Prior, s: Tensor) -> tuple[Tensor, Tensor]:
+        """log det(I + W) and its standard error, of the shape of a scalar prior's curve; differentiable in both."""
+
+    @abstractmethod
+    def sample(self, Z: Tensor, prior: Prior, s: Tensor) -> Tensor:
+        """(G/s + D)^{-1/2} in some square root, times standard normal rows Z (k, P)."""
+
+    @abstractmethod
+    def variance(self, J: Tensor, prior: Prior, s: Tensor) -> Tensor:
+        """J (G/s + D)⁻¹ Jᵀ for rows J (n, C, P), (n, C, C)."""
+
+
+@dataclass
+class Full(Posterior):
+    """The whole matrix, known by its products.
+
+    Attributes:
+        G: the operator.
+        estimator, method: of log det(I + W), see :func:`ritz.logdet`.
+        floor: the smallest s·δ that the kept spectral measure resolves; smaller ones make it anew.
+        rank: eigenpairs behind predictive variances, an upper bound that is exact at rank P.
+        rtol: of samples, and of solves where ``rank`` is None.
+    """
+
+    G: GGN
+    estimator: Deflated | Hutchinson = Deflated(300, 10)
+    method: Lanczos = Lanczos(rtol=1e-3, max_matvecs=400)
+    floor: float = 1e-3
+    rank: int | None = 300
+    rtol: float = 1e-3
+    measure: SpectralMeasure | None = field(default=None, repr=False)
+    pairs: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+
+    def logdet(self, prior: Prior, s: Tensor) -> tuple[Tensor, Tensor]:
+        if prior.entries is not None:
+            return self._by_groups(prior.entries, s)
+        assert prior.scalar is not None
+        sigma = (prior.scalar * s).reshape(-1)
+        if any(t.requires_grad for t in self.G.tensors()):  # hyperparameters inside the model: a run of its own
+            value, info = logdet(self.G, shifts=sigma, estimator=self.estimator, method=self.method, return_info=True)
+            value, error = value - self.G.shape[0] * sigma.log(), info.standard_error
+        else:
+            measure = self._measured(float(sigma.detach().min()))
+            value, error = measure.trace(lambda x: torch.log1p(x / sigma.double().reshape(-1, *(1,) * x.ndim)))
+        return value.reshape(prior.scalar.shape), error.reshape(prior.scalar.shape)
+
+    def _measured(self, smallest: float) -> SpectralMeasure:
+        """Nodes that resolve log(x + smallest), from one run however many values are asked for."""
+        if self.measure is None or smallest < self.floor:
+            self.floor = min(self.floor, smallest)
+            floor = self.floor
+            self.measure = spectral_measure(
+                self.G, estimator=self.estimator, method=self.method, f=lambda x: torch.log1p(x.clamp(min=0.0) / floor)
+            )
+        return self.measure
+
+    def _whitened(self, D: Tensor, s: Tensor) -> Any:
+        """I + W."""
+        root = Diagonal((D * s).rsqrt().to(self.G.dtype))
+        return (root @ self.G @ root).declare(psd=True).shift(1.0)
+
+    def _by_groups(self, D: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        value, info = logdet(self._whitened(D, s), estimator=self.estimator, method=self.method, return_info=True)
+        return value, info.standard_error
+
+    def sample(self, Z: Tensor, prior: Prior, s: Tensor) -> Tensor:
+        D = prior.diagonal(Z.shape[1]).to(Z.dtype)
+        with torch.no_grad():
+            method = Lanczos(rtol=self.rtol, max_matvecs=self.method.max_matvecs)
+            Y = funm_multiply(functions.rsqrt, self._whitened(D, s), Z.mT.contiguous(), method=method)
+        return Y.mT * D.rsqrt()
+
+    def variance(self, J: Tensor, prior: Prior, s: Tensor) -> Tensor:
+        n, C, P = J.shape
+        D = prior.diagonal(P).to(J.dtype)
+        if self.rank is None:
+            rows = (J * D.rsqrt()).reshape(n * C, P)
+            X = solve(self._whitened(D, s), rows.mT.contiguous(), method=CG(rtol=self.rtol))
+            return torch.einsum("ncp,pnd->ncd", rows.reshape(n, C, P), X.reshape(P, n, C))
+        values, V = self._leading()
+        return low_rank_variance(J, values, V, D, s)
+
+    def _leading(self) -> tuple[Tensor, Tensor]:
+        if self.pairs is None:
+            k = min(self.rank or 1, self.G.shape[0])
+            found = eigsh(self.G, k, block=10 if k >= 20 else 1, rtol=1e-3, on_failure="ignore")
+            self.pairs = found.values.clamp(min=0.0), found.vectors
+        return self.pairs
+
+
+@dataclass
+class Blocks(Posterior):
+    """A block approximation that is known by its eigenvectors: Kronecker factors, corrected ones, the diagonal."""
+
+    G: EigenBlocks
+
+    def _precision(self, prior: Prior) -> Tensor:
+        """D in the coordinates of the eigenvectors, where it is constant on every block."""
+        D = prior.entries
+        if D is None:
+            assert prior.scalar is not None
+            return prior.scalar.unsqueeze(-1).expand(*prior.scalar.shape, self.G.shape[0])
+        parts = self.G.network.split(D)
+        own: list[Tensor] = []
+        for block in self.G.blocks:
+            values = torch.cat([parts[i].reshape(-1) for i in block.indices])
+            if not torch.equal(values.min(), values.max()):
+                raise OperandError(
+                    f"the prior precision differs inside of the block of {block.name}; expected one value for a weight "
+                    "and its bias (with structure='full' or 'lowrank' any will do)"
+                )
+            own.append(values[0].expand(block.eigenvalues.numel()))
+        return torch.cat(own)
+
+    def logdet(self, prior: Prior, s: Tensor) -> tuple[Tensor, Tensor]:
+        value = torch.log1p(self.G.eigenvalues.double() / (self._precision(prior) * s)).sum(-1)
+        return value, torch.zeros_like(value).detach()
+
+    def sample(self, Z: Tensor, prior: Prior, s: Tensor) -> Tensor:
+        return self.G.from_basis(Z * (self.G.eigenvalues / s + self._precision(prior)).rsqrt().to(Z.dtype))
+
+    def variance(self, J: Tensor, prior: Prior, s: Tensor) -> Tensor:
+        n, C, P = J.shape
+        rows = self.G.to_basis(J.reshape(n * C, P)).reshape(n, C, P)
+        weights = (self.G.eigenvalues / s + self._precision(prior)).reciprocal().to(J.dtype)
+        return torch.einsum("ncp,ndp->ncd", rows * weights, rows)
+
+
+@dataclass
+class LowRank(Posterior):
+    """The leading eigenpairs of the whole matrix, and nothing in the other directions: G = V diag(λ) Vᵀ."""
+
+    values: Tensor
+    V: Tensor
+
+    def logdet(self, prior: Prior, s: Tensor) -> tuple[Tensor, Tensor]:
+        if prior.entries is None:
+            assert prior.scalar is not None
+            value = torch.log1p(self.values.double() / (prior.scalar * s).unsqueeze(-1)).sum(-1)
+        else:
+            U = self.V.double() * (self.values.double() / s).sqrt()
+            inner = U.mT @ (U / prior.entries.unsqueeze(1))
+            value = torch.logdet(inner + torch.eye(inner.shape[0], dtype=inner.dtype, device=inner.device))
+        return value, torch.zeros_like(value).detach()
+
+    def sample(self, Z: Tensor, prior: Prior, s: Tensor) -> Tensor:
+        D = prior.diagonal(Z.shape[1]).to(Z.dtype)
+        Q, w = self._whitened(D, s)
+        C = Z @ Q
+        return (Z + (C * ((1.0 + w).rsqrt() - 1.0)) @ Q.mT) * D.rsqrt()
+
+    def _whitened(self, D: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """W = Q diag(w) Qᵀ."""
+        U = self.V * (self.values / s).sqrt().to(self.V.dtype) * D.rsqrt().unsqueeze(1)
+        Q, w, _ = torch.linalg.svd(U, full_matrices=False)
+        return Q, w.square()
+
+    def variance(self, J: Tensor, prior: Prior, s: Tensor) -> Tensor:
+        return low_rank_variance(J, self.values, self.V, prior.diagonal(J.shape[2]).to(J.dtype), s)
+
+
+def low_rank_variance(J: Tensor, values: Tensor, V: Tensor, D: Tensor, s: Tensor) -> Tensor:
+    """J (V diag(λ/s) Vᵀ + D)⁻¹ Jᵀ by the Woodbury identity, (n, C, P) -> (n, C, C).
+
+    Where G has more than these eigenpairs this is an upper bound, since leaving out curvature only adds variance.
+    """
+    n, C, P = J.shape
+    scaled = J / D
+    total = torch.einsum("ncp,ndp->ncd", scaled, J)
+    U = V * (values / s).sqrt().to(V.dtype)
+    inner = U.mT @ (U / D.unsqueeze(1))
+    inner = inner.double() + torch.eye(inner.shape[0], dtype=torch.float64, device=J.device)
+    R = torch.linalg.cholesky(inner).to(J.dtype)
+    rows = torch.linalg.solve_triangular(R, (scaled.reshape(n * C, P) @ U).mT, upper=False).mT.reshape(n, C, -1)
+    return total - torch.einsum("nck,ndk->ncd", rows, rows)

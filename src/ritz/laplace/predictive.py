@@ -1,0 +1,54 @@
+"""Class probabilities of a softmax with Gaussian logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import OperandError
+
+
+def probit(f: Tensor, variance: Tensor) -> Tensor:
+    """softmax(f / √(1 + π σ²/8)) with the marginal variances; f (n, C), variance (n, C, C).
+
+    Reference: MacKay, "The evidence framework applied to classification networks" (1992).
+    """
+    marginal = variance.diagonal(dim1=-2, dim2=-1)
+    return torch.softmax(f / (1.0 + torch.pi / 8 * marginal).sqrt(), -1)
+
+
+def bridge(f: Tensor, variance: Tensor) -> Tensor:
+    """The mean of the Dirichlet distribution that the Laplace bridge maps the Gaussian to.
+
+    Logits are only known up to a constant: mean and covariance are conditioned on a zero sum first.
+
+    Reference: Hobbhahn, Kristiadi, Hennig, "Fast predictive uncertainty for classification with Bayesian deep networks"
+    (2022).
+    """
+    C = f.shape[-1]
+    to_sum = variance.sum(-1)
+    whole = to_sum.sum(-1, keepdim=True)
+    f = f - to_sum * f.sum(-1, keepdim=True) / whole
+    marginal = variance.diagonal(dim1=-2, dim2=-1) - to_sum.square() / whole
+    alpha = (1.0 - 2.0 / C + f.exp() / C**2 * torch.exp(-f).sum(-1, keepdim=True)) / marginal
+    return alpha / alpha.sum(-1, keepdim=True)
+
+
+def monte_carlo(f: Tensor, variance: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+    """The mean softmax over Gaussian draws of the logits."""
+    eigenvalues, Q = torch.linalg.eigh(variance.double())
+    root = Q * eigenvalues.clamp(min=0.0).sqrt().unsqueeze(-2)
+    z = torch.randn(samples, *f.shape, generator=generator, dtype=torch.float64).to(f.device)
+    draws = f.double() + torch.einsum("ncd,snd->snc", root, z)
+    return torch.softmax(draws, -1).mean(0).to(f.dtype)
+
+
+def probabilities(link: str, f: Tensor, variance: Tensor, samples: int, seed: int) -> Tensor:
+    """Class probabilities (n, C) by the named approximation."""
+    if link == "probit":
+        return probit(f, variance)
+    if link == "bridge":
+        return bridge(f, variance)
+    if link == "mc":
+        return monte_carlo(f, variance, samples, torch.Generator().manual_seed(seed))
+    raise OperandError(f"link={link!r}; expected 'probit', 'mc' or 'bridge'")
