@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -115,11 +116,10 @@ class Laplace:
         theta = torch.cat([p.detach().reshape(-1) for p in self.network.parameters]).double()
         self._squares = (theta - self.prior_mean).square()
         kinds = {"kron": KFAC, "ekfac": EKFAC, "diag": DiagonalGGN}
-        options = {"reduction": "sum", "micro_batch": None}
         if self.structure in kinds:
-            self.posterior = Blocks(kinds[self.structure](self.model, self.loss, self.params, pairs, **options))
+            self.posterior = Blocks(kinds[self.structure](self.model, self.loss, self.params, pairs, reduction="sum"))
             return self
-        G = GGN(self.model, self.loss, self.params, pairs, hyperparameters=self.hyperparameters, **options)
+        G = GGN(self.model, self.loss, self.params, pairs, reduction="sum", hyperparameters=self.hyperparameters)
         if self.structure == "full":
             self.posterior = Full(G, rank=self.rank, **self.settings)
         else:
@@ -228,11 +228,13 @@ class Laplace:
         delta = 1.0
         with torch.no_grad():
             for _ in range(6 if noise else 1):
-                delta = _maximum(lambda d: self.log_marginal_likelihood(d, sigma), low, high)
+                delta = _maximum(functools.partial(self.log_marginal_likelihood, sigma_noise=sigma), low, high)
                 if noise:
-                    values = lambda S: torch.stack([self.log_marginal_likelihood(delta, float(v)) for v in S])  # noqa: E731, B023
-                    sigma = _maximum(values, 0.1 * sigma, 10 * sigma, points=15)
+                    sigma = _maximum(functools.partial(self._over_noise, delta), 0.1 * sigma, 10 * sigma, points=15)
         return delta, sigma
+
+    def _over_noise(self, delta: float, sigmas: Tensor) -> Tensor:
+        return torch.stack([self.log_marginal_likelihood(delta, float(v)) for v in sigmas])
 
     # -- predictions --------------------------------------------------------------------------------------------------
 

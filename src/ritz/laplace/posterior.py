@@ -1,8 +1,8 @@
 """Gaussian posteriors with precision G/s + D: what the evidence, samples and predictive variances need of them.
 
 G is a Gauss–Newton matrix of a summed loss, s the observation noise variance (1 for classification), D the diagonal
-prior precision. All of it goes through the whitened matrix W = D^{-1/2} (G/s) D^{-1/2}, whose log det(I + W) is the only
-thing that the evidence needs, and which has the identity as its smallest eigenvalue wherever the data says nothing.
+prior precision. All of it goes through the whitened matrix W = D^{-1/2} (G/s) D^{-1/2}: log det(I + W) is all that the
+evidence needs, and the eigenvalues of I + W are 1 wherever the data says nothing.
 """
 
 from __future__ import annotations
