@@ -105,3 +105,17 @@ def test_a_compiled_model_that_is_not_trained_is_not_captured():
     assert not any(layer.sums.rows for layer in optimizer._layers)
     run(x).sum().backward()
     assert all(layer.sums.rows for layer in optimizer._layers)
+
+
+def test_the_compiler_is_not_loaded_for_those_who_do_not_compile():
+    """It takes seconds: products of a Gauss–Newton matrix must not wait for it."""
+    code = """
+import sys, torch, ritz
+from ritz.curvature import GGN, CrossEntropy
+model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+A = GGN(model, CrossEntropy(), None, (torch.ones(6, 4), torch.zeros(6, dtype=torch.long)))
+A @ torch.ones(A.shape[0], 20)
+assert type(A._kept[0]).__name__ == "Factored"
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

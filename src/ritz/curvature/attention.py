@@ -12,11 +12,11 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from ..uncompiled import uncompiled
 from .layers import LinearRule
 
 # (parameter, input, output, how to put examples first, first row of the parameter that was used)
@@ -33,7 +33,7 @@ class Projections(TorchFunctionMode):
         self._report = report
         self._examples = 1
 
-    @torch._disable_dynamo  # it would take the private copy for the function that it is a copy of
+    @uncompiled  # it would take the private copy for the function that it is a copy of
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:

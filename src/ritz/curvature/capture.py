@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..errors import OperandError
 from ..numerics import in_transform
+from ..uncompiled import uncompiled
 from .attention import Projections
 from .discover import Site
 from .pending import Pending, backward_pass, before_views
@@ -160,7 +161,7 @@ class _Hook:
     def __reduce__(self) -> tuple:
         return _Hook, (None, [], self._role)
 
-    @torch._disable_dynamo  # as torch.compiler.disable, which would load the compiler with this module
+    @uncompiled
     def __call__(self, *args: Any) -> None:
         capture = self._capture()
         if self._role == "leave":

@@ -20,6 +20,7 @@ from ..curvature.losses import Loss
 from ..curvature.statistics import EmpiricalFisher
 from ..errors import OperandError
 from ..numerics import full_precision
+from ..uncompiled import uncompiled
 from .batching import Move, batches, clip
 from .collect import Collector, normalised
 from .fallback import adamw_step
@@ -221,7 +222,7 @@ class CurvatureOptimizer(Stateful, torch.optim.Optimizer, ABC):
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
-    @torch._disable_dynamo  # its branches depend on what the hooks collected; a compiled caller runs it as it is
+    @uncompiled  # its branches depend on what the hooks collected; a compiled caller runs it as it is
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of all parameters that have a gradient; ``closure`` evaluates the loss again and returns it."""
