@@ -23,6 +23,7 @@ from ..numerics import full_precision
 from ..uncompiled import uncompiled
 from .batching import Move, batches, clip
 from .collect import Collector, normalised
+from .compensated import LOW, compensated_step
 from .fallback import adamw_step
 from .groups import Plan, plan_groups
 from .layer import MatrixLayer
@@ -252,7 +253,7 @@ class CurvatureOptimizer(Stateful, torch.optim.Optimizer, ABC):
                 moves = list(moves)
                 clip(moves, settings.clip, float(group["lr"]))
             for move in moves:
-                self._move(move, group)
+                self._move(move, group, settings.compensate)
                 del move  # its memory serves the next one
         for group in self.param_groups:
             group["step"] += 1
@@ -316,7 +317,7 @@ class CurvatureOptimizer(Stateful, torch.optim.Optimizer, ABC):
         found = self.vector_step(ready, gradients, group, settings, terms, self.due(index))
         return [Move(*item) for item in zip(ready, found, gradients)]
 
-    def _move(self, move: Move, group: dict[str, Any]) -> None:
+    def _move(self, move: Move, group: dict[str, Any], compensate: bool) -> None:
         """Weight decay, momentum and the step itself."""
         target, N, lr, decay = move.target, move.natural, float(group["lr"]), group["weight_decay"]
         parameters = target.parameters if isinstance(target, MatrixLayer) else [target]
@@ -331,7 +332,11 @@ class CurvatureOptimizer(Stateful, torch.optim.Optimizer, ABC):
             else:
                 state["momentum_buffer"] = N = N.to(parameters[0].dtype).clone(memory_format=torch.contiguous_format)
         parts = target.split(N) if isinstance(target, MatrixLayer) else [N]
+        kept = 1.0 - lr * decay if decay and group["decoupled_weight_decay"] else 1.0
         for p, part in zip(parameters, parts):
-            if decay and group["decoupled_weight_decay"]:
-                p.mul_(1.0 - lr * decay)
+            if compensate and p.dtype in LOW:
+                compensated_step(p, self.state[p], part, lr, kept)
+                continue
+            if kept != 1.0:
+                p.mul_(kept)
             p.add_(part, alpha=-lr)

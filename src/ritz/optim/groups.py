@@ -15,7 +15,10 @@ from .inverse_free import LargestEntry, SpectralNorm
 from .settings import AdamW, Settings, choose, schedule
 
 # Settings that are values: a group's dictionary may have them, but the state dictionary must stay plain.
-VALUES = ("structures", "weight_sharing", "curvature_dtype", "clip", "fallback", "row_form", "sum_per_term", "rule")
+VALUES = (
+    "structures", "weight_sharing", "curvature_dtype", "clip", "fallback", "row_form", "compensate", "sum_per_term",
+    "rule",
+)  # fmt: skip
 # Settings that groups cannot have.
 WHOLE = ("model", "statistics", "strict", "grad_scale", "process_group", "foreach")
 

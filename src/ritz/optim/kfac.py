@@ -81,6 +81,7 @@ class KFAC(CurvatureOptimizer):
         clip: NormClip | KLClip | None = None,
         fallback: AdamW = AdamW(),
         row_form: bool | None = None,
+        compensate: bool = True,
         strict: bool = False,
         model: nn.Module | None = None,
         grad_scale: Any = None,
@@ -90,7 +91,7 @@ class KFAC(CurvatureOptimizer):
         settings = Settings(
             structures=structures, update_interval=schedule(update_interval), weight_sharing=weight_sharing,
             loss_terms=loss_terms(num_loss_terms), statistics=statistics, curvature_dtype=curvature_dtype, clip=clip,
-            fallback=fallback, row_form=row_form, rule=inverse,
+            fallback=fallback, row_form=row_form, compensate=compensate, rule=inverse,
         )  # fmt: skip
         defaults = {
             "lr": lr, "momentum": momentum, "damping": damping, "stat_decay": stat_decay, "start": start,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .compensated import rounding_bytes
+
 if TYPE_CHECKING:
     from .base import CurvatureOptimizer
 
@@ -49,6 +51,7 @@ def describe(optimizer: CurvatureOptimizer) -> Report:
         pair = "; ".join(s.describe(d) for s, d in zip(layer.structures, layer.sizes))
         momentum = layer.d_in * layer.d_out * bool(optimizer.param_groups[layer.group]["momentum"])
         size = optimizer.factor_bytes(layer) + momentum * layer.weight.element_size()
+        size += sum(rounding_bytes(p, layer.settings.compensate) for p in layer.parameters)
         rows.append(Row(name, rule, pair, f"{layer.d_out} × {layer.d_in}", size))
     for index, (settings, group) in enumerate(zip(optimizer._settings, optimizer.param_groups)):
         for p in group["params"] if settings is None else optimizer._vectors[index]:
@@ -58,7 +61,7 @@ def describe(optimizer: CurvatureOptimizer) -> Report:
                 size = 2 * size + 4  # and the step counter
             else:
                 factor = optimizer.vector_copies(group) * (settings.curvature_dtype or p.dtype).itemsize
-                size = p.numel() * factor + size * bool(group["momentum"])
+                size = p.numel() * factor + size * bool(group["momentum"]) + rounding_bytes(p, settings.compensate)
             shape = " × ".join(str(s) for s in p.shape) or "scalar"
             rows.append(Row(name, rule, "—", shape, size))
     return Report(tuple(rows))

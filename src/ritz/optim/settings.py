@@ -171,5 +171,6 @@ class Settings:
     size: LargestEntry | SpectralNorm = field(default_factory=LargestEntry)
     fallback: AdamW = field(default_factory=AdamW)
     row_form: bool | None = None
+    compensate: bool = True
     sum_per_term: bool = False  # for sum losses, divide the output factor by the number of loss terms (Lin et al. 2023)
     rule: Any = None  # what an optimizer keeps for itself, such as the form of KFAC's inverse

@@ -41,7 +41,7 @@ class SINGD(CurvatureOptimizer):
 
     Args:
         model_or_params: the model; or parameters or group dictionaries, with ``model=``. A group may have any argument
-            down to ``row_form`` as a key, except ``statistics``. Matrices get Kronecker factors, norms and other
+            down to ``compensate`` as a key, except ``statistics``. Matrices get Kronecker factors, norms and other
             vectors a diagonal factor, and what no rule covers is trained by ``fallback`` in a parameter group of its
             own: see ``report()``.
         lr: step size β₂. Schedulers act on it.
@@ -70,6 +70,8 @@ class SINGD(CurvatureOptimizer):
         curvature_dtype: of K, C and m; None follows the weight.
         clip: :class:`~ritz.optim.NormClip` or :class:`~ritz.optim.KLClip` of the natural gradient.
         row_form: compute the natural gradient from captured rows: None where it is cheaper, True, False.
+        compensate: weights in bfloat16 or float16 keep what rounding took from them in the state, and get it back with
+            the next step (Kahan): without it, steps below 2⁻⁹ of a weight are lost.
         grad_scale: a GradScaler (needed where ``unscale_`` is used), or a fixed loss scale.
         process_group: over which statistics are summed; found from a DistributedDataParallel model.
         foreach: batch layers of equal shape; None does so for small ones.
@@ -112,6 +114,7 @@ class SINGD(CurvatureOptimizer):
         clip: NormClip | KLClip | None = None,
         fallback: AdamW = AdamW(),
         row_form: bool | None = None,
+        compensate: bool = True,
         strict: bool = False,
         model: nn.Module | None = None,
         grad_scale: Any = None,
@@ -123,6 +126,7 @@ class SINGD(CurvatureOptimizer):
             structures=structures, update_interval=schedule(update_interval), weight_sharing=weight_sharing,
             loss_terms=loss_terms(num_loss_terms), statistics=statistics, curvature_dtype=curvature_dtype, clip=clip,
             lr_cov=lr_cov if callable(lr_cov) else None, size=size_of(normalize), fallback=fallback, row_form=row_form,
+            compensate=compensate,
         )  # fmt: skip
         defaults = {
             "lr": lr, "momentum": momentum, "damping": damping, "riemannian_momentum": riemannian_momentum,

@@ -63,7 +63,7 @@ class Stateful:
         )
 
 
-IN_THE_DTYPE_OF_THE_PARAMETER = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+IN_THE_DTYPE_OF_THE_PARAMETER = ("momentum_buffer", "rounding", "exp_avg", "exp_avg_sq")
 
 
 def moved(state: dict[str, Any], p: Tensor, curvature_dtype: torch.dtype | None) -> None:

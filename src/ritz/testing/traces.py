@@ -79,6 +79,7 @@ def _singd(config: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
     dtypes = config.get("preconditioner_dtype") or hyper.get("preconditioner_dtype")
     optimizer = SINGD(
         groups, lr, model=model, decoupled_weight_decay=False, second_order=False, row_form=False, foreach=False,
+        compensate=False,
         curvature_dtype=getattr(torch, dtypes[0]) if dtypes and dtypes[0] else None,
         grad_scale=(lambda step: scales[step]) if scales else None, **common,
     )  # fmt: skip
@@ -139,8 +140,9 @@ def _lin2023(config: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
 
     common: dict[str, Any] = {
         "momentum": hyper.get("momentum", 0.9), "damping": hyper.get("damping", 1e-3), "row_form": False,
-        "update_interval": lambda step: counter(step) % interval == 0, "decoupled_weight_decay": False, "foreach":
-        False,
+        "update_interval": lambda step: counter(step) % interval == 0, "decoupled_weight_decay": False,
+        "foreach": False,
+        "compensate": False,
         "reduction": config["loss"]["reduction"], "weight_sharing": _MeanOverSums(), "model": model,
     }  # fmt: skip
     groups = [{"params": list(model.parameters()), "sum_per_term": True}]
