@@ -1,5 +1,8 @@
 """Compiled models: hooks registered before or after torch.compile see the same statistics."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from tests.curvature.oracle import Net, batch, factors, kfac, loss_of
