@@ -5,6 +5,7 @@ from .discover import Found, Site, discover
 from .eigenblocks import EigenBlock, EigenBlocks
 from .ggn import GGN, ExactFisher, Fisher
 from .hessian import Hessian
+from .influence import influence
 from .jacobian import NTK, Jacobian
 from .kronecker import EKFAC, KFAC, BlockDiagonalGGN, DiagonalGGN
 from .layers import LayerRule, OneHot, rule_for
@@ -47,5 +48,6 @@ __all__ = [
     "Site",
     "SquaredError",
     "discover",
+    "influence",
     "rule_for",
 ]

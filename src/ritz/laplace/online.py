@@ -1,0 +1,161 @@
+"""Online marginal likelihood: network and hyper-parameters trained together, the evidence as the referee."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..curvature import CrossEntropy, SquaredError
+from ..curvature.network import Network
+from ..errors import OperandError
+from .laplace import Laplace
+
+
+@dataclass
+class Training:
+    """What :func:`marglik_training` returns: the posterior at the best evidence, and the course of the training."""
+
+    laplace: Laplace
+    losses: list[float] = field(default_factory=list)
+    evidence: list[float] = field(default_factory=list)
+    epochs: list[int] = field(default_factory=list)
+
+
+def marglik_training(
+    model: nn.Module,
+    train_loader: Iterable[tuple[Tensor, Tensor]],
+    likelihood: str = "classification",
+    *,
+    structure: str = "kron",
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = torch.optim.Adam,
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    n_epochs: int = 300,
+    n_epochs_burnin: int = 0,
+    marglik_frequency: int = 1,
+    n_hypersteps: int = 10,
+    lr_hyp: float = 0.1,
+    prior_structure: str = "layerwise",
+    prior_prec_init: float = 1.0,
+    sigma_noise_init: float = 1.0,
+    **settings: Any,
+) -> Training:
+    """Train a network and its prior precision (and noise) together, by turns.
+
+    Every epoch minimises the negative log-posterior of the parameters at the current hyper-parameters. Every
+    ``marglik_frequency`` epochs after the burn-in a Laplace approximation is made at the current parameters, and
+    ``n_hypersteps`` of Adam on the logarithms of prior precisions and noise climb its evidence. What is returned is the
+    state of the best evidence, loaded into ``model``. This is *not* :meth:`Laplace.optimize_prior_precision`, which
+    holds the trained parameters fixed.
+
+    Args:
+        train_loader: iterated anew every epoch; its examples are counted in the first.
+        structure: as in :class:`Laplace`; the evidence of "full" costs a Krylov run a hyper step where
+            ``prior_structure`` is "layerwise", and one run an evaluation where it is "scalar".
+        optimizer: a callable on parameters, such as ``functools.partial(torch.optim.Adam, lr=1e-3)``.
+        prior_structure: "layerwise", one precision for each module with parameters, or "scalar".
+        settings: further arguments of :class:`Laplace`.
+
+    Raises:
+        OperandError: an empty loader, unknown structures, an evidence that is not finite.
+
+    Reference: Immer, Bauer, Fortuin, Rätsch, Khan, "Scalable marginal likelihood estimation for model selection in deep
+    learning" (2021); the argument names are those of laplace-torch.
+    """
+    if prior_structure not in ("layerwise", "scalar"):
+        raise OperandError(f"prior_structure={prior_structure!r}; expected 'layerwise' or 'scalar'")
+    loss = CrossEntropy() if likelihood == "classification" else SquaredError()
+    groups = _groups(model, prior_structure)
+    start = math.log(prior_prec_init)
+    logs = {g: torch.tensor(start, dtype=torch.float64, requires_grad=True) for g in groups}
+    log_sigma = torch.tensor(math.log(sigma_noise_init), dtype=torch.float64)
+    learned = [*logs.values()]
+    if likelihood == "regression":
+        learned.append(log_sigma.requires_grad_())
+    hyper = torch.optim.Adam(learned, lr=lr_hyp)
+    steps = optimizer([p for p in model.parameters() if p.requires_grad])
+    plan = None if scheduler is None else scheduler(steps)
+    size = 0
+    result, best, kept = Training(None), -math.inf, None  # type: ignore[arg-type]
+    for epoch in range(n_epochs):
+        model.train()
+        factor = float(torch.exp(-2 * log_sigma.detach()))
+        deltas = {g: float(v.detach().exp()) for g, v in logs.items()}
+        total, seen = 0.0, 0
+        for x, y in train_loader:
+            steps.zero_grad()
+            f = model(x)
+            terms = f.shape[0]
+            seen += terms
+            value = factor * loss.value(f, y) / terms
+            if size or epoch:
+                value = value + _penalty(model, groups, deltas) / max(size, 1)
+            value.backward()
+            steps.step()
+            total += float(value.detach()) * terms
+        if not seen:
+            raise OperandError("train_loader is empty; expected batches (x, y)")
+        size = seen
+        result.losses.append(total / seen)
+        if plan is not None:
+            plan.step()
+        if epoch < n_epochs_burnin or (epoch + 1) % marglik_frequency:
+            continue
+        model.eval()
+        laplace = Laplace(model, likelihood, structure=structure, **settings).fit(train_loader)
+        for _ in range(n_hypersteps):
+            hyper.zero_grad()
+            evidence = laplace.log_marginal_likelihood(_prior(logs, prior_structure), log_sigma.exp())
+            (-evidence).backward()
+            hyper.step()
+        with torch.no_grad():
+            evidence = laplace.log_marginal_likelihood(_prior(logs, prior_structure), log_sigma.exp())
+        result.evidence.append(float(evidence))
+        result.epochs.append(epoch)
+        if float(evidence) > best:
+            best = float(evidence)
+            kept = (
+                copy.deepcopy(model.state_dict()),
+                {g: float(v.detach()) for g, v in logs.items()},
+                float(log_sigma.detach()),
+            )
+    if kept is None:
+        raise OperandError(
+            f"no evidence was computed in {n_epochs} epochs; expected n_epochs_burnin={n_epochs_burnin} and "
+            f"marglik_frequency={marglik_frequency} to leave at least one"
+        )
+    model.load_state_dict(kept[0])
+    model.eval()
+    found = {g: math.exp(v) for g, v in kept[1].items()}
+    result.laplace = Laplace(
+        model, likelihood, structure=structure, sigma_noise=math.exp(kept[2]),
+        prior_precision=found if prior_structure == "layerwise" else next(iter(found.values())), **settings,
+    ).fit(train_loader)  # fmt: skip
+    return result
+
+
+def _groups(model: nn.Module, prior_structure: str) -> dict[str, list[nn.Parameter]]:
+    """Parameters by the module that owns them, or all of them."""
+    network = Network(model.eval(), None)
+    if prior_structure == "scalar":
+        return {"all": list(network.parameters)}  # type: ignore[arg-type]
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, p in zip(network.names, network.parameters):
+        groups.setdefault(name.rpartition(".")[0] or name, []).append(p)  # type: ignore[arg-type]
+    return groups
+
+
+def _prior(logs: dict[str, Tensor], prior_structure: str) -> Any:
+    if prior_structure == "scalar":
+        return logs["all"].exp()
+    return {g: v.exp() for g, v in logs.items()}
+
+
+def _penalty(model: nn.Module, groups: dict[str, list[nn.Parameter]], deltas: dict[str, float]) -> Tensor:
+    parts = [0.5 * deltas[g] * p.square().sum() for g, own in groups.items() for p in own]
+    return torch.stack(parts).sum()

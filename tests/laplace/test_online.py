@@ -1,0 +1,53 @@
+"""Training with the evidence: hyper-parameters move, the best state is kept, the loss is the log-posterior."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from ritz.errors import OperandError
+from ritz.laplace import marglik_training
+
+DOUBLE = {"dtype": torch.float64}
+
+
+def data(n: int = 60) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 5, generator=generator, **DOUBLE)
+    y = x[:, :1] - 0.5 * x[:, 1:2] + 0.2 * torch.randn(n, 1, generator=generator, **DOUBLE)
+    return [(x[:30], y[:30]), (x[30:], y[30:])]
+
+
+def train(structure: str, prior: str, **options: object) -> tuple[nn.Module, object]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    settings = {"n_epochs": 60, "marglik_frequency": 5, "n_epochs_burnin": 10, "n_hypersteps": 5, "lr_hyp": 0.2}
+    adam = functools.partial(torch.optim.Adam, lr=0.02)
+    return model, marglik_training(
+        model, data(), "regression", structure=structure, prior_structure=prior, optimizer=adam, **(settings | options)
+    )
+
+
+@pytest.mark.parametrize(("structure", "prior"), [("kron", "layerwise"), ("full", "scalar"), ("diag", "scalar")])
+def test_noise_and_priors_are_learned(structure, prior):
+    model, result = train(structure, prior)
+    la = result.laplace
+    assert 0.1 < la.sigma_noise < 0.4  # 0.2 made the data
+    assert result.evidence[-1] > result.evidence[0] + 5 and len(result.losses) == 60
+    value = float(la.log_marginal_likelihood())
+    assert value == pytest.approx(max(result.evidence), rel=1e-3)
+    if prior == "layerwise":
+        assert set(la.prior_precision) == {"0", "2"} and len(set(la.prior_precision.values())) == 2
+    assert not model.training
+
+
+def test_a_schedule_that_never_asks_for_the_evidence_is_refused():
+    with pytest.raises(OperandError, match="no evidence was computed in 3 epochs"):
+        train("diag", "scalar", n_epochs=3)
+    with pytest.raises(OperandError, match="train_loader is empty"):
+        marglik_training(nn.Linear(2, 1), [], "regression")
+    with pytest.raises(OperandError, match="expected 'layerwise' or 'scalar'"):
+        marglik_training(nn.Linear(2, 1), [], "regression", prior_structure="each")
