@@ -18,6 +18,7 @@ from ..errors import OperandError
 from ..result import Info
 from .posterior import Blocks, Full, LowRank, Posterior, Prior
 from .predictive import probabilities
+from .state import restore, state_of
 
 LIKELIHOODS = ("classification", "regression")
 STRUCTURES = ("full", "kron", "ekfac", "diag", "lowrank")
@@ -126,6 +127,18 @@ class Laplace:
             k = min(self.rank, G.shape[0])
             found = eigsh(G, k, block=min(10, k), rtol=1e-4)
             self.posterior = LowRank(found.values.clamp(min=0.0), found.vectors)
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """The fitted posterior as plain tensors and numbers, for ``torch.save``; the model's weights are not in it."""
+        return state_of(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> Laplace:
+        """Take a state of :meth:`state_dict` into a Laplace of the same (trained) model; returns itself.
+
+        A "full" posterior comes back with its evidence curve and predictions, and needs ``fit`` for samples.
+        """
+        restore(self, state)
         return self
 
     def _fitted(self) -> Posterior:

@@ -64,14 +64,14 @@ class Full(Posterior):
     """The whole matrix, known by its products.
 
     Attributes:
-        G: the operator.
+        G: the operator; None in a posterior that was loaded, which has its measure and eigenpairs alone.
         estimator, method: of log det(I + W), see :func:`ritz.logdet`.
         floor: the smallest s·δ that the kept spectral measure resolves; smaller ones make it anew.
         rank: eigenpairs behind predictive variances, an upper bound that is exact at rank P.
         rtol: of samples, and of solves where ``rank`` is None.
     """
 
-    G: GGN
+    G: GGN | None
     estimator: Deflated | Hutchinson = Deflated(300, 10)
     method: Lanczos = Lanczos(rtol=1e-3, max_matvecs=400)
     floor: float = 1e-3
@@ -85,7 +85,7 @@ class Full(Posterior):
             return self._by_groups(prior.entries, s)
         assert prior.scalar is not None
         sigma = (prior.scalar * s).reshape(-1)
-        if any(t.requires_grad for t in self.G.tensors()):  # hyperparameters inside the model: a run of its own
+        if self.G is not None and any(t.requires_grad for t in self.G.tensors()):  # hyperparameters: a run of its own
             value, info = logdet(self.G, shifts=sigma, estimator=self.estimator, method=self.method, return_info=True)
             value, error = value - self.G.shape[0] * sigma.log(), info.standard_error
         else:
@@ -99,14 +99,26 @@ class Full(Posterior):
             self.floor = min(self.floor, smallest)
             floor = self.floor
             self.measure = spectral_measure(
-                self.G, estimator=self.estimator, method=self.method, f=lambda x: torch.log1p(x.clamp(min=0.0) / floor)
+                self._operator(),
+                estimator=self.estimator,
+                method=self.method,
+                f=lambda x: torch.log1p(x.clamp(min=0.0) / floor),
             )
         return self.measure
 
+    def _operator(self) -> GGN:
+        if self.G is None:
+            raise OperandError(
+                "a loaded posterior has no data: the evidence of one prior precision (not below those it was saved "
+                "with) and predictions work; for samples, groups, or smaller values call .fit(loader)"
+            )
+        return self.G
+
     def _whitened(self, D: Tensor, s: Tensor) -> Any:
         """I + W."""
-        root = Diagonal((D * s).rsqrt().to(self.G.dtype))
-        return (root @ self.G @ root).declare(psd=True).shift(1.0)
+        G = self._operator()
+        root = Diagonal((D * s).rsqrt().to(G.dtype))
+        return (root @ G @ root).declare(psd=True).shift(1.0)
 
     def _by_groups(self, D: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         value, info = logdet(self._whitened(D, s), estimator=self.estimator, method=self.method, return_info=True)
@@ -131,8 +143,9 @@ class Full(Posterior):
 
     def _leading(self) -> tuple[Tensor, Tensor]:
         if self.pairs is None:
-            k = min(self.rank or 1, self.G.shape[0])
-            found = eigsh(self.G, k, block=10 if k >= 20 else 1, rtol=1e-3, on_failure="ignore")
+            G = self._operator()
+            k = min(self.rank or 1, G.shape[0])
+            found = eigsh(G, k, block=10 if k >= 20 else 1, rtol=1e-3, on_failure="ignore")
             self.pairs = found.values.clamp(min=0.0), found.vectors
         return self.pairs
 
