@@ -1,4 +1,4 @@
-"""Figures of a fit: how the loss fell, what was learned, and whether the predicted intervals hold what they promise.
+"""Figures: how a loss fell, what was learned, whether predicted intervals hold what they promise; spectra.
 
 Needs matplotlib (``pip install ritz[plot]``). Figures are built without pyplot: no window, no global state.
 """
@@ -132,6 +132,34 @@ def fit_figure(
         axes.set_axis_off()
     figure.suptitle(title)
     return figure
+
+
+def spectrum(
+    axes: Axes, grid: Sequence[float], density: Sequence[float], error: Sequence[float], *, title: str, log: bool = True
+) -> None:
+    """An eigenvalue density with a band of two standard errors, as :func:`ritz.spectral_density` returns it.
+
+    Args:
+        axes: where to draw.
+        grid: points (g,).
+        density, error: eigenvalues per unit length, and their standard error, (g,).
+        title: above the panel.
+        log: a logarithmic axis of the density; what is below a millionth of the largest is cut off.
+    """
+    points, height, half = ([float(v) for v in values] for values in (grid, density, error))
+    floor = 1e-6 * max(height)
+    low = [max(d - 2 * e, floor if log else d - 2 * e) for d, e in zip(height, half)]
+    high = [max(d + 2 * e, floor) for d, e in zip(height, half)]
+    axes.fill_between(points, low, high, color=BLUE, alpha=0.25, linewidth=0, label="two standard errors")
+    axes.plot(points, [max(d, floor) if log else d for d in height], color=BLUE, linewidth=1.4)
+    if log:
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=floor)
+    axes.set_title(title)
+    axes.set_xlabel("eigenvalue")
+    axes.set_ylabel("eigenvalues per unit length")
+    axes.legend(frameon=False, fontsize=8)
+    _tidy(axes)
 
 
 def _tidy(axes: Axes) -> None:
