@@ -1,6 +1,20 @@
 """ritz: gradients of functions of large matrices, and learning with the curvature they give."""
 
-from . import curvature, eig, errors, functions, gp, kernels, krylov, laplace, operators, optim, plot, stochastic, testing
+from . import (
+    curvature,
+    eig,
+    errors,
+    functions,
+    gp,
+    kernels,
+    krylov,
+    laplace,
+    operators,
+    optim,
+    plot,
+    stochastic,
+    testing,
+)
 from .eig import eigsh
 from .errors import (
     BreakdownError,
