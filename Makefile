@@ -12,7 +12,7 @@ BENCH_STAMP := $(BENCH)/.ritz-installed
 # One thread per test process: the tests are many and small, so threads only get into each other's way.
 RUN_TESTS := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest
 
-.PHONY: help venv test test-all demo lint types doctest examples bench-env bench bench-gp bench-optim clean
+.PHONY: help venv test test-all demo lint types doctest examples bench-env bench bench-gp bench-optim bench-curvature clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ bench-gp: $(BENCH_STAMP)  ## race exact Gaussian processes against the peers, ab
 bench-optim: $(BENCH_STAMP)  ## step times and real training of the optimizers against their peers, about two hours
 	$(BENCH)/bin/python benchmarks/optim_step.py
 	$(BENCH)/bin/python benchmarks/optim_train.py
+
+bench-curvature: $(BENCH_STAMP)  ## products and evidence of networks' curvature against their peers
+	$(BENCH)/bin/python benchmarks/curvature.py
 
 clean:  ## remove environments, caches and built files
 	rm -rf $(VENV) $(BENCH) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layers import OneHot
+from .layers import LayerRule, OneHot
 from .network import Network
 from .uses import Passes, Use, collect, watch
 
@@ -30,6 +30,7 @@ class Block:
     def __init__(self, use: Use, network: Network, q: int) -> None:
         self.weight, self.bias, self.first, self.site = use.weight, use.bias, use.first, use.site
         self.a = use.a
+        self._plain = type(use.site.rule).to_matrix is LayerRule.to_matrix  # the weight is the matrix
         G = torch.stack(use.gradients, 1)  # (n, q, R, d_out)
         self.n, self.q, self.R, self.d_out = G.shape
         self.shapes = network.shapes
@@ -52,9 +53,10 @@ class Block:
 
     def _weight_matrix(self, part: Tensor) -> Tensor:
         """The used rows (k, d_out, d_in) of a weight's part (k, *shape)."""
-        to_matrix = self.site.rule.to_matrix
-        W = torch.stack([to_matrix(self.site.module, w) for w in part.unbind()])
-        return W[:, self.first : self.first + self.d_out]
+        if not self._plain:
+            to_matrix = self.site.rule.to_matrix
+            part = torch.stack([to_matrix(self.site.module, w) for w in part.unbind()])
+        return part[:, self.first : self.first + self.d_out]
 
     def times(self, parts: Sequence[Tensor]) -> Tensor:
         """(n, q, k) from the parts (k, *shape) of k parameter vectors."""
@@ -65,17 +67,23 @@ class Block:
             if self._rows is not None:
                 total = (self._rows @ W.reshape(k, -1).mT).reshape(self.n, self.q, k)
             else:
-                if isinstance(self.a, OneHot):
-                    T = W.permute(2, 1, 0)[self.a.index]  # (n, R, d_out, k)
-                else:
-                    T = self.a.reshape(self.n * self.R, -1) @ W.permute(2, 1, 0).reshape(W.shape[2], -1)
-                total = torch.bmm(self._G, T.reshape(self.n, self.R * self.d_out, k))
+                total = torch.bmm(self._G, self._outputs(W))
         if self.bias is not None:
             b = parts[self.bias].reshape(parts[self.bias].shape[0], -1)[:, self.first : self.first + self.d_out]
             own = self._position_sum() @ b.mT
             total = own if total is None else total + own
         assert total is not None
         return total
+
+    def _outputs(self, W: Tensor) -> Tensor:
+        """W a for k weights (k, d_out, d_in), (n, R d_out, k), in the layout that needs the fewest copies."""
+        k = W.shape[0]
+        if isinstance(self.a, OneHot):
+            return W.permute(2, 1, 0)[self.a.index].reshape(self.n, self.R * self.d_out, k)
+        a = self.a.reshape(self.n * self.R, -1)
+        if self.R == 1:
+            return (a @ W.reshape(k * self.d_out, -1).mT).reshape(self.n, k, self.d_out).mT
+        return (a @ W.permute(2, 1, 0).reshape(W.shape[2], -1)).reshape(self.n, self.R * self.d_out, k)
 
     def _position_sum(self) -> Tensor:
         return self._G if self._sum is None else self._sum
@@ -87,20 +95,31 @@ class Block:
             if self._rows is not None:
                 grad = (S.reshape(-1, k).mT @ self._rows).reshape(k, self.d_out, -1)
             else:
-                W = torch.bmm(self._G.mT, S).reshape(self.n * self.R, self.d_out * k)
-                if isinstance(self.a, OneHot):
-                    flat = W.new_zeros(self.a.size, self.d_out * k).index_add_(0, self.a.index.reshape(-1), W)
-                else:
-                    flat = self.a.reshape(self.n * self.R, -1).mT @ W
-                grad = flat.reshape(-1, self.d_out, k).permute(2, 1, 0)
+                grad = self._weight_gradients(S)
             self._add_weight(grad, into)
         if self.bias is not None:
             own = (S.reshape(-1, k).mT @ self._position_sum().reshape(self.n * self.q, self.d_out)).reshape(k, -1)
             into[self.bias].reshape(k, -1)[:, self.first : self.first + self.d_out] += own
 
+    def _weight_gradients(self, S: Tensor) -> Tensor:
+        """Σ over examples, vectors and positions of s g aᵀ, (k, d_out, d_in)."""
+        k = S.shape[2]
+        if self.R == 1 and isinstance(self.a, Tensor):
+            W = torch.bmm(S.mT, self._G).reshape(self.n, k * self.d_out)
+            return (W.mT @ self.a.reshape(self.n, -1)).reshape(k, self.d_out, -1)
+        W = torch.bmm(self._G.mT, S).reshape(self.n * self.R, self.d_out * k)
+        if isinstance(self.a, OneHot):
+            flat = W.new_zeros(self.a.size, self.d_out * k).index_add_(0, self.a.index.reshape(-1), W)
+        else:
+            flat = self.a.reshape(self.n * self.R, -1).mT @ W
+        return flat.reshape(-1, self.d_out, k).permute(2, 1, 0)
+
     def _add_weight(self, grad: Tensor, into: list[Tensor]) -> None:
         assert self.weight is not None
         shape, rule = self.shapes[self.weight], self.site.rule
+        if self._plain:
+            into[self.weight][:, self.first : self.first + self.d_out] += grad
+            return
         rows = rule.to_matrix(self.site.module, into[self.weight][0]).shape[0]
         for i, g in enumerate(grad.unbind()):
             if rows != self.d_out:
