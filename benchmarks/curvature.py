@@ -231,7 +231,7 @@ def markdown(result: dict) -> str:
         found = result["evidence"]
         lines += ["## Log marginal likelihood of the CNN by its prior precision", "",
                   "Exact: " + ", ".join(f"{d:g}: {v:.1f}" for d, v in zip(found["deltas"], found["exact"])) + ".", "",
-                  "| curvature | s | speed, dense = 1 | relative error at each prior precision, % | standard error, % |",
+                  "| curvature | s | speed, dense = 1 | error at each prior precision, % | standard error, % |",
                   "|---|---|---|---|---|"]  # fmt: skip
         for row in found["rows"]:
             speed = f"{row['speedup']:.1f}" if "speedup" in row else "—"

@@ -141,8 +141,19 @@ def test_post_hoc_optimisation_finds_the_maximum(structure):
     assert float(la.log_marginal_likelihood()) > before - 1e-3 and set(la.prior_precision) == {"0", "2"}
 
 
+@pytest.mark.parametrize("dual", [False, True])
+def test_evidence_from_either_side(dual):
+    la, G, x, y = fitted("classification", "full", dual=dual)
+    deltas = torch.tensor([1e-3, 1.0], **DOUBLE)
+    want = [
+        log_evidence(la, G, x, y, d * torch.ones(G.shape[0], **DOUBLE), torch.tensor(1.0, **DOUBLE)) for d in deltas
+    ]
+    torch.testing.assert_close(la.log_marginal_likelihood(deltas), torch.stack(want), rtol=1e-7, atol=1e-7)
+    assert la.posterior.measure.nodes.shape[0] == (40 if dual else 32)  # as many probes as rows: exact
+
+
 def test_one_run_serves_every_scalar_prior():
-    la, _, _, _ = fitted("classification", "full")
+    la, _, _, _ = fitted("classification", "full", dual=False)
     counted = ritz.Counting(la.posterior.G)
     la.posterior.G = counted
     la.log_marginal_likelihood(torch.logspace(-3, 3, 50, **DOUBLE))
@@ -194,7 +205,7 @@ def test_large_network_is_estimated_within_its_error():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 1)).double()
     x, y = torch.randn(200, 30, **DOUBLE), torch.randn(200, 1, **DOUBLE)
-    la = Laplace(model, "regression", sigma_noise=0.3, estimator=ritz.Deflated(100, 10)).fit((x, y))
+    la = Laplace(model, "regression", sigma_noise=0.3, estimator=ritz.Deflated(100, 10), dual=False).fit((x, y))
     G = GGN(model, SquaredError(), None, (x, y), reduction="sum").to_dense()
     deltas = torch.tensor([0.01, 1.0, 100.0], **DOUBLE)
     value, info = la.log_marginal_likelihood(deltas, return_info=True)

@@ -2,6 +2,7 @@
 
 from .capture import Capture, Sink
 from .discover import Found, Site, discover
+from .dual import DualGGN
 from .eigenblocks import EigenBlock, EigenBlocks
 from .ggn import GGN, ExactFisher, Fisher
 from .hessian import Hessian
@@ -22,6 +23,7 @@ __all__ = [
     "CrossEntropy",
     "CustomLoss",
     "DiagonalGGN",
+    "DualGGN",
     "EKFAC",
     "EigenBlock",
     "EigenBlocks",

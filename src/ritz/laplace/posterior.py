@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import functions
-from ..curvature import GGN, EigenBlocks
+from ..curvature import GGN, CustomLoss, DualGGN, EigenBlocks
 from ..eig import eigsh
 from ..errors import OperandError
 from ..functions import funm_multiply
@@ -64,6 +64,8 @@ class Full(Posterior):
     """The whole matrix, known by its products.
 
     Attributes:
+        dual: log det(I + W) on the side of the data, with vectors of the length of all outputs; None: where that is
+            shorter.
         G: the operator; None in a posterior that was loaded, which has its measure and eigenpairs alone.
         estimator, method: of log det(I + W), see :func:`ritz.logdet`.
         floor: the smallest s·δ that the kept spectral measure resolves; smaller ones make it anew.
@@ -77,6 +79,7 @@ class Full(Posterior):
     floor: float = 1e-3
     rank: int | None = 300
     rtol: float = 1e-3
+    dual: bool | None = None
     measure: SpectralMeasure | None = field(default=None, repr=False)
     pairs: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
@@ -99,12 +102,20 @@ class Full(Posterior):
             self.floor = min(self.floor, smallest)
             floor = self.floor
             self.measure = spectral_measure(
-                self._operator(),
+                self._smaller(),
                 estimator=self.estimator,
                 method=self.method,
                 f=lambda x: torch.log1p(x.clamp(min=0.0) / floor),
             )
         return self.measure
+
+    def _smaller(self) -> GGN | DualGGN:
+        """The matrix or its dual: for one prior precision only the nonzero eigenvalues matter."""
+        G = self._operator()
+        if self.dual is False or isinstance(G.loss, CustomLoss):
+            return G
+        dual = DualGGN(G)
+        return dual if self.dual or dual.shape[0] < G.shape[0] else G
 
     def _operator(self) -> GGN:
         if self.G is None:

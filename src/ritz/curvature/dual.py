@@ -1,0 +1,84 @@
+"""The Gauss–Newton matrix on the side of the data: Rᵀ J Jᵀ R, which has its nonzero eigenvalues."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import OperandError
+from ..operators import LinearOperator
+from .batches import Batch, to_device
+from .factored import Factored
+from .ggn import GGN
+from .losses import CustomLoss
+
+
+class DualGGN(LinearOperator):
+    """c Rᵀ J Jᵀ R over all outputs of the data, (M, M), for G = c Σ Jᵀ R Rᵀ J and Hessian roots R.
+
+    G and its dual have the same nonzero eigenvalues: log det(G + δI) = log det(dual + δI) + (P − M) log δ. Vectors of a
+    Krylov space are M long instead of P, the price of a product is the same.
+
+    Args:
+        G: the operator; what it keeps is shared.
+
+    Raises:
+        OperandError: a loss of one's own, whose Hessian has no root.
+    """
+
+    def __init__(self, G: GGN) -> None:
+        if type(G) is not GGN or isinstance(G.loss, CustomLoss):
+            raise OperandError(
+                f"the dual needs a GGN of a loss whose Hessian has a root; got {type(G).__name__} with {G.loss}"
+            )
+        self.G = G
+        with torch.no_grad():
+            found = [G.network(G.network.parameters, to_device(b, G.device).x).shape for b in G.batches]
+        self._shapes = found
+        self._rows = [s.numel() for s in found]
+        super().__init__((sum(self._rows),) * 2, G.dtype, G.device, psd=True)
+
+    def _matmat(self, X: Tensor) -> Tensor:
+        self.G.network.check_unchanged()
+        if torch.is_grad_enabled() and X.requires_grad:
+            return _Symmetric.apply(self, X)
+        return self._product(X)
+
+    def _product(self, X: Tensor) -> Tensor:
+        G, k = self.G, X.shape[1]
+        with torch.no_grad():
+            G._columns += k
+            V: Tensor | None = None
+            for i, part in enumerate(X.split(self._rows)):
+                own = self._adjoint(*G._known(i), part.reshape(*self._shapes[i], k))
+                V = own if V is None else V + own
+            assert V is not None
+            out = [self._forward(*G._known(i), V).reshape(-1, k) for i in range(len(G.batches))]
+        return G.scale * torch.cat(out)
+
+    def _adjoint(self, at: Any, batch: Batch, S: Tensor) -> Tensor:
+        """Jᵀ R S for S (*shape of f, k), (k, P)."""
+        if isinstance(at, Factored):
+            return at.adjoint(S.reshape(S.shape[0], at.q, S.shape[-1]))
+        return at.vjp(self.G.loss.hessian(at.f, batch.y).root(S.movedim(-1, 0)))
+
+    def _forward(self, at: Any, batch: Batch, V: Tensor) -> Tensor:
+        """Rᵀ J V for V (k, P), (*shape of f, k)."""
+        if isinstance(at, Factored):
+            return at.rows(V)
+        return self.G.loss.hessian(at.f, batch.y).root_adjoint(at.jvp(V)).movedim(0, -1)
+
+
+class _Symmetric(torch.autograd.Function):
+    """A product whose derivative in its operand is the same product."""
+
+    @staticmethod
+    def forward(ctx: Any, A: DualGGN, X: Tensor) -> Tensor:
+        ctx.A = A
+        return A._product(X)
+
+    @staticmethod
+    def backward(ctx: Any, G: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.A @ G
