@@ -149,3 +149,63 @@ def test_bad_input():
     ]:  # fmt: skip
         with pytest.raises(OperandError, match=message):
             call()
+
+
+class Outside(nn.Module):
+    """The embedding is used once more, as a decoder, by a function that no hook sees; and there are unused parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.l = nn.Embedding(5, 4, **DOUBLE), nn.Linear(4, 4, **DOUBLE)
+        self.unused, self.norm = nn.Linear(2, 2, **DOUBLE), nn.LayerNorm(4, **DOUBLE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(torch.tanh(self.l(self.e(x))), self.e.weight)
+
+
+class Mixed(nn.Module):
+    """Examples see each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l, self.out = nn.Linear(4, 4, **DOUBLE), nn.Linear(4, 3, **DOUBLE)
+        self.A = torch.rand(6, 6, generator=torch.Generator().manual_seed(0), **DOUBLE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.A @ torch.tanh(self.l(x)))
+
+
+@pytest.mark.parametrize("kind", [EKFAC, DiagonalGGN, KFAC])
+def test_what_escapes_the_layers_gets_an_exact_block(kind):
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 5, (5, 3))
+    for model, x, y in (
+        (Outside(), tokens, torch.randint(0, 5, (5, 3))),
+        (Mixed(), torch.randn(6, 4, **DOUBLE), torch.randint(0, 3, (6,))),
+    ):
+        A = kind(model, CrossEntropy(), None, (x, y))
+        G = GGN(model, CrossEntropy(), None, (x, y)).to_dense()
+        if kind is KFAC:  # a Kronecker factor of mixed examples is one all the same
+            e = list(A.network.names).index("e.weight") if "e.weight" in A.network.names else None
+            assert e is None or any(b.indices == (e,) and b.site is None for b in A.blocks)
+            continue
+        torch.testing.assert_close(A.trace(), G.trace())
+        if kind is DiagonalGGN:
+            torch.testing.assert_close(A.diagonal(), G.diagonal())
+
+
+@pytest.mark.parametrize("kind", [EmpiricalFisher(), MonteCarloFisher(3)])
+def test_exact_blocks_follow_the_kind(kind):
+    model, x, y = made("norm between")
+    want = Fisher(model, CrossEntropy(), None, (x, y), kind=kind).to_dense().diagonal()
+    got = DiagonalGGN(model, CrossEntropy(), None, (x, y), kind=kind).diagonal()
+    norm = slice(25, 35)  # after a weight and bias of 5 × 5
+    torch.testing.assert_close(got[norm], want[norm])
+
+
+def test_low_precision_is_decomposed_in_float32():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(torch.bfloat16)
+    x, y = torch.randn(6, 4).to(torch.bfloat16), torch.randint(0, 3, (6,))
+    for kind in (KFAC, EKFAC, DiagonalGGN, BlockDiagonalGGN):
+        assert bool(torch.isfinite(kind(model, CrossEntropy(), None, (x, y)).eigenvalues).all())

@@ -128,6 +128,9 @@ def test_bad_input_and_failures():
     with pytest.warns(ConvergenceWarning, match="eigsh"):
         pairs, info = ritz.eigsh(A, 4, basis=7, max_matvecs=8, return_info=True)
     assert not info.status.success and float(info.residual.max()) > 1e-9
+    spread = torch.diag(torch.cat([torch.linspace(1e-3, 1e-2, 5), torch.linspace(1, 1e3, 200)]).double())
+    _, info = ritz.eigsh(spread, 2, which="SA", rtol=1e-6, return_info=True)
+    assert float(info.residual.max()) <= 1e-6  # relative to the largest that was seen, not to the smallest found
     with pytest.raises(ConvergenceError):
         ritz.eigsh(A, 4, basis=7, max_matvecs=8, on_failure="raise")
     assert ritz.eigsh(A, 1, v0=torch.ones(30, **DOUBLE)).values.shape == (1,)

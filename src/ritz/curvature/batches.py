@@ -31,7 +31,7 @@ def read(data: Any, micro_batch: int | None, *, targets: bool = True) -> list[Ba
     """
     if isinstance(data, Tensor) and not targets:
         pairs: list[Any] = [(data, None)]
-    elif isinstance(data, (tuple, list)) and len(data) == 2 and _is_pair(data):
+    elif isinstance(data, (tuple, list) if targets else tuple) and len(data) == 2 and _is_pair(data):
         pairs = [tuple(data)]
     elif isinstance(data, Iterable) and not isinstance(data, (Tensor, str, dict)):
         pairs = [_pair(item, targets) for item in data]
@@ -91,8 +91,12 @@ def narrow(tree: Any, start: int, length: int, size: int) -> Any:
     if isinstance(tree, dict):
         return {k: narrow(v, start, length, size) for k, v in tree.items()}
     if isinstance(tree, (tuple, list)):
-        return type(tree)(narrow(v, start, length, size) for v in tree)
+        return _like(tree, [narrow(v, start, length, size) for v in tree])
     return tree
+
+
+def _like(tree: Any, items: list[Any]) -> Any:
+    return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
 
 
 def _pieces(batch: Batch, length: int) -> Iterator[Batch]:
@@ -112,5 +116,5 @@ def _moved(tree: Any, device: torch.device) -> Any:
     if isinstance(tree, dict):
         return {k: _moved(v, device) for k, v in tree.items()}
     if isinstance(tree, (tuple, list)):
-        return type(tree)(_moved(v, device) for v in tree)
+        return _like(tree, [_moved(v, device) for v in tree])
     return tree

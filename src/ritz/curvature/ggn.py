@@ -69,9 +69,11 @@ class GGN(DataOperator):
             micro_batch=micro_batch, seed=seed,
         )  # fmt: skip
         P = problem.network.numel
+        known = None if isinstance(problem.loss, CustomLoss) else True  # a loss of one's own need not be convex
         super().__init__(
-            problem.network, problem.batches, (P, P), hyperparameters=hyperparameters, keep_bytes=keep_bytes, psd=True
-        )
+            problem.network, problem.batches, (P, P), hyperparameters=hyperparameters, keep_bytes=keep_bytes,
+            hermitian=True, psd=known,
+        )  # fmt: skip
         self.loss, self.scale, self.reduction = problem.loss, problem.scale, problem.reduction
 
     def _record(self, batch: Batch, recorded: Sequence[Tensor]) -> Linearization:

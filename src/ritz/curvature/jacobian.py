@@ -53,7 +53,7 @@ class Jacobian(DataOperator):
         )
 
     def _summed(self, shape: torch.Size) -> torch.Size:
-        return shape[:-1] if self.sum_outputs else shape
+        return shape[:-1] if self.sum_outputs and len(shape) > 1 else shape
 
     def _record(self, batch: Batch, recorded: Sequence[Tensor]) -> Linearization:
         return Linearization(self.network, batch.x, recorded)
@@ -64,7 +64,7 @@ class Jacobian(DataOperator):
             if shape[1:].numel() > MOST_VECTORS:
                 return ()
             units = unit_vectors(f.new_zeros(shape))
-            return [u.unsqueeze(-1).expand(f.shape) if self.sum_outputs else u for u in units]
+            return [u.unsqueeze(-1).expand(f.shape) if u.ndim < f.ndim else u for u in units]
 
         return factor(self.network, batch.x, batch.size, vectors, limit)
 
@@ -76,7 +76,7 @@ class Jacobian(DataOperator):
                 parts.append(at.rows(V).flatten(0, 1).mT)
                 continue
             U = at.jvp(V)
-            parts.append((U.sum(-1) if self.sum_outputs else U).reshape(V.shape[0], -1))
+            parts.append((U.sum(-1) if self.sum_outputs and U.ndim > 2 else U).reshape(V.shape[0], -1))
         return torch.cat(parts, 1).mT
 
     def _rmatmat(self, X: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class Jacobian(DataOperator):
                 total = found if total is None else total + found
                 continue
             U = part.reshape((X.shape[1],) + self._summed(shape))
-            U = U.unsqueeze(-1).expand((X.shape[1],) + shape) if self.sum_outputs else U
+            U = U.unsqueeze(-1).expand((X.shape[1],) + shape) if U.ndim <= len(shape) else U
             found = at.vjp(U)
             total = found if total is None else total + found
         return total.mT  # type: ignore[union-attr]

@@ -16,12 +16,12 @@ from .data_operator import KEEP_BYTES, Problem
 from .discover import Site
 from .eigenblocks import EigenBlock, EigenBlocks
 from .factored import unit_vectors
-from .ggn import GGN
+from .ggn import GGN, Fisher
 from .layers import OneHot
 from .losses import CustomLoss
 from .network import Network, Selection
 from .statistics import EmpiricalFisher, GaussNewton, MonteCarloFisher
-from .uses import Passes, Use, Watched, collect, watch
+from .uses import Passes, Use, Watched, collect, escaped, watch
 
 LARGEST_BLOCK = 4096  # parameters of a block that is formed and decomposed exactly
 CHUNK_BYTES = 64 << 20
@@ -68,9 +68,13 @@ class BlockApproximation(EigenBlocks):
             raise OperandError("block approximations watch the layers of a module; got a function: use GGN")
         watched = watch(self.network, groups=self._groups)
         with torch.no_grad():
-            blocks = self._layer_blocks(watched) + [self._exact_block(i) for i in watched.rest]
+            self._check(watched)
+            blocks = self._layer_blocks(watched)
+            blocks += [_zero_block(self.network, *found) for found in _unreached(watched, blocks)]
+            blocks += [self._exact_block(i) for i in watched.rest]
         super().__init__(self.network, blocks)
 
+    _squares = False  # whether rows are squared, example by example
     _groups = True  # whether convolutions in groups, whose inputs are averaged, have a block of the kind
 
     def _layer_blocks(self, watched: Watched) -> list[EigenBlock]:
@@ -86,9 +90,26 @@ class BlockApproximation(EigenBlocks):
                 "out of params="
             )
         data = [(batch.x, batch.y) for batch in self.problem.batches]
-        G = GGN(self.network.module, self.problem.loss, [name], data, **self._settings).to_dense()
-        eigenvalues, Q = torch.linalg.eigh(0.5 * (G + G.mT))
+        model, loss = self.network.module, self.problem.loss
+        exact = isinstance(self.kind, GaussNewton)
+        A = (
+            GGN(model, loss, [name], data, **self._settings)
+            if exact
+            else Fisher(model, loss, [name], data, kind=self.kind, **self._settings)
+        )
+        eigenvalues, Q = _eigh(A.to_dense())
         return EigenBlock(name, (i,), eigenvalues.clamp(min=0.0), Q)
+
+    def _check(self, watched: Watched) -> None:
+        """Leave to exact blocks what escapes the layers' rules: a weight that is also used outside of its module, and,
+        where rows are squared, layers whose examples see each other."""
+        for _, got in self._passes(watched, rows=self._squares):
+            wrong = escaped(self.network, watched, got, by_example=self._squares)
+            keep = [j for j, at in enumerate(watched.where) if not wrong & set(_present(at))]
+            watched.rest += sorted({i for at in watched.where for i in _present(at) if wrong & set(_present(at))})
+            watched.sites = [watched.sites[j] for j in keep]
+            watched.where = [watched.where[j] for j in keep]
+            return  # the first batch tells
 
     # -- passes -------------------------------------------------------------------------------------------------------
 
@@ -175,7 +196,7 @@ class EKFAC(KFAC):
     Kronecker-factored eigenbasis" (2018).
     """
 
-    _groups = False
+    _groups, _squares = False, True
 
     def _layer_blocks(self, watched: Watched) -> list[EigenBlock]:
         blocks = {b.indices: b for b in super()._layer_blocks(watched)}
@@ -187,7 +208,7 @@ class EKFAC(KFAC):
 class DiagonalGGN(BlockApproximation):
     """The exact diagonal of the Gauss–Newton matrix (with ``GaussNewton()``), from rows Σ_r g_r a_rᵀ."""
 
-    _groups = False
+    _groups, _squares = False, True
 
     def _layer_blocks(self, watched: Watched) -> list[EigenBlock]:
         sums = _row_squares(self, watched, {})
@@ -208,6 +229,29 @@ class BlockDiagonalGGN(BlockApproximation):
         return []
 
 
+def _eigh(M: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors of a symmetric matrix, in float32 or better, in the dtype of M."""
+    wide = torch.promote_types(M.dtype, torch.float32)
+    found = torch.linalg.eigh(0.5 * (M + M.mT).to(wide))
+    return found.eigenvalues.to(M.dtype), found.eigenvectors.to(M.dtype)
+
+
+def _unreached(watched: Watched, blocks: Sequence[EigenBlock]) -> list[tuple[tuple[int, ...], Site]]:
+    """Layers that no backward pass reached."""
+    known = {i for b in blocks for i in b.indices} | set(watched.rest)
+    left = {_present(at): site for at, site in zip(watched.where, watched.sites) if not known & set(_present(at))}
+    return list(left.items())
+
+
+def _zero_block(network: Network, at: tuple[int, ...], site: Site) -> EigenBlock:
+    """The curvature of parameters that the outputs do not depend on."""
+    p = network.parameters[at[0]].detach()
+    layer = p.ndim > 1
+    matrix = site.rule.to_matrix(site.module, p) if layer else p
+    shape = (matrix.shape[0], matrix.shape[1] + len(at) - 1) if layer else (p.numel(),)
+    return EigenBlock(network.names[at[0]], at, p.new_zeros(shape), site=site if layer else None)
+
+
 def _present(at: tuple[int | None, int | None]) -> tuple[int, ...]:
     return tuple(i for i in at if i is not None)
 
@@ -216,14 +260,14 @@ def _kronecker_block(
     network: Network, at: tuple[int | None, int | None], site: Site, A: Tensor, B: Tensor
 ) -> EigenBlock:
     weight, bias = at
-    l_out, Q_out = torch.linalg.eigh(0.5 * (B + B.mT))
+    l_out, Q_out = _eigh(B)
     l_out = l_out.clamp(min=0.0)
     if weight is None:  # a bias alone: its input is 1
         assert bias is not None
         return EigenBlock(network.names[bias], (bias,), l_out, Q_out)
     l_in, Q_in = A, None
     if A.ndim == 2:
-        l_in, Q_in = torch.linalg.eigh(0.5 * (A + A.mT))
+        l_in, Q_in = _eigh(A)
     indices = (weight,) if bias is None else (weight, bias)
     eigenvalues = l_out.unsqueeze(1) * l_in.clamp(min=0.0)
     return EigenBlock(network.names[weight], indices, eigenvalues, Q_in, Q_out, site)

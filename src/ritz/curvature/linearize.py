@@ -72,6 +72,8 @@ class Linearization:
         """J V, (k, P) -> (k, *shape of f)."""
         used = [i for i, g in enumerate(self._g) if g is not None and g.requires_grad]
         parts = self.network.split(V)
+        if not used:
+            return V.new_zeros((V.shape[0],) + self._f.shape)
 
         def one(vectors: Sequence[Tensor], batched: bool) -> tuple[Tensor]:
             found = _grad([self._g[i] for i in used], [self._u], vectors, batched, self._record)[0]
@@ -143,8 +145,9 @@ def _columns(
             try:
                 found.append(one(part, True))
                 continue
-            except RuntimeError as error:  # an operation without a batching rule
-                if "vmap" not in str(error):
-                    raise
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # an operation whose derivative cannot be batched; if not, it fails below as well
+                pass
         found += [tuple(t.unsqueeze(0) for t in one([b[i] for b in part], False)) for i in range(part[0].shape[0])]
     return tuple(torch.cat(parts) for parts in zip(*found))

@@ -85,14 +85,14 @@ class CrossEntropy(Loss):
         return None if self.weight is None else torch.tensor(self.weight, dtype=f.dtype, device=f.device)
 
     def _check(self, f: Tensor, y: Any) -> bool:
-        """Whether the targets are probabilities."""
+        """Whether the targets are probabilities, not class numbers."""
         axis = self._axis(f)
         rows = f.shape[:axis] + (f.shape[axis + 1 :] if axis < -1 else ())
-        if not isinstance(y, Tensor) or (y.shape != f.shape and y.shape != rows):
-            got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        if not isinstance(y, Tensor) or y.shape != (f.shape if y.is_floating_point() else rows):
+            got = f"{tuple(y.shape)} of {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
             raise OperandError(
                 f"CrossEntropy got outputs {tuple(f.shape)} with classes on axis {axis} and targets {got}; expected "
-                f"class numbers {tuple(rows)} or probabilities {tuple(f.shape)}"
+                f"whole class numbers {tuple(rows)} or floating-point probabilities {tuple(f.shape)}"
             )
         if y.is_floating_point():
             return True
@@ -105,7 +105,7 @@ class CrossEntropy(Loss):
         return False
 
     def value(self, f: Tensor, y: Any) -> Tensor:
-        targets = self._rows(y) if self._check(f, y) else y.reshape(-1)
+        targets = self._rows(y).to(f.dtype) if self._check(f, y) else y.reshape(-1).long()
         return F.cross_entropy(
             self._rows(f), targets, self._weights(f), reduction="sum", ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
@@ -118,12 +118,12 @@ class CrossEntropy(Loss):
         axis, w = self._axis(f), self._weights(f)
         if self._check(f, y):
             w = f.new_ones(f.shape[axis]) if w is None else w
-            inside = y * (1.0 - smoothing) + smoothing / f.shape[axis]
+            inside = y.to(f.dtype) * (1.0 - smoothing) + smoothing / f.shape[axis]
             return (inside.movedim(axis, -1) @ w).unsqueeze(axis)
         kept = y != self.ignore_index
         if w is None:
             return None if bool(kept.all()) else kept.to(f.dtype).unsqueeze(axis)
-        own = w[y.clamp(min=0)] * (1.0 - smoothing) + smoothing * w.mean()
+        own = w[y.long().masked_fill(~kept, 0)] * (1.0 - smoothing) + smoothing * w.mean()
         return (own * kept).unsqueeze(axis)
 
     def hessian(self, f: Tensor, y: Any = None) -> SoftmaxHessian:

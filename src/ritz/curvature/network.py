@@ -52,7 +52,7 @@ class Network:
         self.shapes = tuple(p.shape for p in self.parameters)
         self.sizes = tuple(p.numel() for p in self.parameters)
         self.numel = sum(self.sizes)
-        self._versions = [(p, version(p)) for p in self._watched()]
+        self._versions = [(p, version(p), p.data_ptr()) for p in self._watched()]
 
     def _given(self, params: Any) -> dict[str, Tensor]:
         if isinstance(params, Tensor):
@@ -74,7 +74,8 @@ class Network:
 
     def check_unchanged(self) -> None:
         """Raise where a parameter or buffer was changed in place since this object was made."""
-        if any(version(p) != before for p, before in self._versions):
+        now = {id(p) for p in self._watched()}
+        if any(version(p) != v or p.data_ptr() != where or id(p) not in now for p, v, where in self._versions):
             raise OperandError(
                 "the network's parameters or buffers were changed in place after its curvature operator was made; make "
                 "the operator anew after a training step, and keep modules in eval mode"
@@ -167,7 +168,8 @@ def check_mode(module: nn.Module, seed: int | None) -> None:
                 f"{name or 'the model'} ({type(m).__name__}) normalises by the statistics of its batch, so that "
                 "examples have no curvature of their own; call model.eval()"
             )
-        p = getattr(m, "p", getattr(m, "dropout", 0.0))
+        dropping = isinstance(m, nn.modules.dropout._DropoutNd)
+        p = m.p if dropping else getattr(m, "dropout", 0.0)
         if seed is None and m.training and isinstance(p, float) and p > 0:
             raise OperandError(
                 f"{name or 'the model'} ({type(m).__name__}) drops activations at random; call model.eval(), or give "

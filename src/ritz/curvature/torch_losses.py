@@ -40,7 +40,11 @@ def as_loss(loss: Any, reduction: str | None = None) -> tuple[Loss, str]:
     if isinstance(loss, Loss):
         return loss, reduction or "mean"
     if isinstance(loss, nn.modules.loss._Loss):
-        return _module(loss, reduction)
+        if any(type(loss).forward is kind.forward for kind in FUNCTIONS.values()):
+            return _module(loss, reduction)
+        if type(loss).__module__.startswith("torch."):
+            return _module(loss, reduction)  # which refuses it by name
+        reduction = reduction or str(loss.reduction)  # a subclass that computes something else
     if callable(loss):
         kind = reduction or "mean"
         return CustomLoss(_summed(loss) if kind == "mean" else loss), kind

@@ -131,3 +131,50 @@ def collect(
         capture.remove()
     whole = bool(sink.uses) and all(len(use.gradients) == len(U) for use in sink.uses)
     return Passes(f, leaves, U, sink.uses) if whole else None
+
+
+def escaped(network: Network, watched: Watched, got: Passes, *, by_example: bool) -> set[int]:
+    """Indices of weights and biases whose gradient is not Σ g aᵀ over what their layers saw.
+
+    Of random multiples of the vectors, the same for all examples, or (``by_example``) one for each: then layers whose
+    examples see each other are found too.
+    """
+    f, U = got.f, got.vectors
+    generator = torch.Generator().manual_seed(0)
+    n = f.shape[0] if by_example else 1
+    S = torch.randn(len(U), n, generator=generator, dtype=torch.float64).to(f)
+    cotangent = torch.stack([s.reshape((-1,) + (1,) * (f.ndim - 1)) * u for s, u in zip(S, U)]).sum(0)
+    wanted = torch.autograd.grad(f, got.leaves, cotangent, retain_graph=True, allow_unused=True)
+    have = {i: torch.zeros_like(network.parameters[i]) for at in watched.where for i in at if i is not None}
+    loose: set[int] = set()
+    for use in got.uses:
+        if isinstance(use.site.rule, ConvRule) and getattr(use.site.module, "groups", 1) > 1:
+            loose |= {
+                i for i in (use.weight, use.bias) if i is not None
+            }  # averaged inputs: no gradient to compare with
+            continue
+        if by_example and use.examples() != n:
+            return set(have)
+        rows = torch.stack([s.reshape(-1, 1, 1) * g for s, g in zip(S, use.gradients)]).sum(0)  # (n, R, d)
+        d = rows.shape[-1]
+        if use.bias is not None:
+            have[use.bias].reshape(-1)[use.first : use.first + d] += rows.sum((0, 1))
+        if use.weight is None:
+            continue
+        flat = rows.flatten(0, 1)
+        if isinstance(use.a, OneHot):
+            M = rows.new_zeros(use.a.size, d).index_add_(0, use.a.index.reshape(-1), flat).mT
+        else:
+            M = flat.mT @ use.a.flatten(0, 1)
+        target, rule = have[use.weight], use.site.rule
+        if rule.to_matrix(use.site.module, target).shape[0] != d:
+            target[use.first : use.first + d] += M
+        else:
+            target += rule.from_matrix(use.site.module, M, target.shape)
+    wrong = set()
+    for i, mine in have.items():
+        true = torch.zeros_like(mine) if wanted[i] is None else wanted[i]
+        error = torch.linalg.vector_norm(mine - true) / torch.linalg.vector_norm(true).clamp(min=1e-30)
+        if i not in loose and not bool(error < torch.finfo(f.dtype).eps ** 0.6):
+            wrong.add(i)
+    return wrong

@@ -47,7 +47,7 @@ def eigsh(
             whose largest are far away, ask for "LA" of the operator that solves with it.
         rtol: residual ‖A v − λ v‖ relative to the largest |λ| that was seen; None: 1e-9 in float64, 1e-5 in float32.
         block: columns that go through the product together: more than one where a block product costs little more than
-            a single one, or where eigenvalues are repeated more than once.
+            a single one, or where eigenvalues are repeated: a block finds as many copies at once.
         basis: vectors that are kept in memory; default max(2k, k + 20) + 2 block.
         max_matvecs: columns that go through the product at most; default 100 k + 1000.
         v0: start (n,) or (n, block); default random from ``seed``.
@@ -64,6 +64,9 @@ def eigsh(
         solve of (A − λ_i) on the complement for every i. Eigenvectors of (nearly) repeated eigenvalues have no
         derivative of their own; the part within such a group is left out, which is right for whatever depends on the
         eigenspace alone. Signs (phases) are arbitrary, and the derivative along them is zero.
+
+    A converged answer is checked from a random direction (30 columns), since a Krylov space does not see further copies of
+    a repeated eigenvalue; where it changes, the iteration goes on.
 
     Cost: products, and O(n·basis) a product for the orthogonalisation. Reference: Wu, Simon, "Thick-restart Lanczos
         method for large symmetric eigenvalue problems" (2000).
@@ -97,7 +100,7 @@ def eigsh(
         found = thick_restart(run.matmat, start, k, which, min(size, n), rtol, limit)
         check_finite(found.values, "an eigenvalue")
         products = run.num_matvecs
-    scale = float(found.values.abs().max()) or 1.0
+    scale = found.scale or 1.0
     status = Status.CONVERGED if found.converged else Status.MAX_STEPS
     info = Info(f"thick-restart Lanczos, basis {min(size, n)}", products, min(size, n), found.residuals / scale,
                 status=status, details={"restarts": found.restarts})  # fmt: skip

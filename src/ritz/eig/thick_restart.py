@@ -16,15 +16,20 @@ from torch import Tensor
 from ..krylov.block import orthonormal, project
 
 Product = Callable[[Tensor], Tensor]
+CHECKING = 30  # columns that look for what a converged space may have missed
 
 
 @dataclass
 class Found:
-    """Ritz values (k,) and vectors (n, k), best first, residual norms (k,), restarts, and whether all converged."""
+    """Ritz values (k,) and vectors (n, k), best first, residual norms (k,), restarts, and whether all converged.
+
+    ``scale`` is the largest |θ| that was seen, which residuals are measured by.
+    """
 
     values: Tensor
     vectors: Tensor
     residuals: Tensor
+    scale: float
     restarts: int
     converged: bool
 
@@ -52,9 +57,11 @@ def thick_restart(
     T = torch.zeros(size, size, dtype=start.dtype, device=start.device)
     block, _ = orthonormal(start, V[:, :0])
     filled = spent = restarts = 0
+    found: Found | None = None  # converged, and being checked
+    limit = size
     while True:
         F = R = None
-        while filled + block.shape[1] <= size:
+        while filled + block.shape[1] <= limit:
             new = slice(filled, filled + block.shape[1])
             V[:, new] = block
             filled = new.stop
@@ -73,13 +80,30 @@ def thick_restart(
         assert R is not None
         last = S[filled - R.shape[1] :, chosen]
         residuals = torch.linalg.vector_norm(R @ last, dim=0)
-        done = bool((residuals <= tol * theta.abs().max()).all()) or filled >= n
-        if done or spent >= max_products or not block.shape[1]:
-            return Found(theta[chosen], V[:, :filled] @ S[:, chosen], residuals, restarts, done)
+        scale = float(theta.abs().max())
+        if found is not None and bool(((theta[chosen] - found.values).abs() <= 10 * tol * scale).all()):
+            return found
+        done = bool((residuals <= tol * scale).all()) or filled >= n
+        now = Found(theta[chosen], V[:, :filled] @ S[:, chosen], residuals, scale, restarts, done)
+        if filled >= n or spent >= max_products or not block.shape[1]:
+            return now
         # Some more than the wanted ones: the gap to what is dropped sets the speed.
         keep = min(k + max(b, (size - k) // 3), filled - b)
+        found, limit = None, size
+        if done:
+            # A Krylov space of b vectors has b copies of a repeated eigenvalue at most, and converges without the rest:
+            # a random direction has some of them, and shows them as a change of what is wanted. Only converged vectors
+            # are kept: A of the others leaves the space through F, which goes.
+            keep = k
+            found, limit = now, min(size, keep + max(CHECKING, 2 * b))
+            block = orthonormal(_random(V, b, restarts), V[:, :filled])[0]
         best = order_of(which, theta, keep)
         V[:, :keep] = V[:, :filled] @ S[:, best]
         T.zero_()
         T[:keep, :keep] = torch.diag(theta[best].to(T.dtype))
         filled, restarts = keep, restarts + 1
+
+
+def _random(V: Tensor, b: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return torch.randn(V.shape[0], b, generator=generator, dtype=torch.float64).to(V)
