@@ -30,7 +30,8 @@ def test_curve_of_log_determinants_is_inside_its_errors(dtype):
     value, info = ritz.logdet(A, shifts=sigma, estimator=ritz.Deflated(100, 10), return_info=True)
     assert bool(((value - exact).abs() < 4 * info.standard_error + 1e-3 * exact.abs()).all())
     assert bool((info.standard_error < 0.4 * before.standard_error).all())
-    torch.testing.assert_close(info.details["deflated"] + info.details["probed"], value.detach())
+    # Most of it is in the part that is known exactly.
+    assert bool((info.details["deflated"][-1].abs() > 0.9 * (exact[-1] - 300 * sigma[-1].log()).abs()).all())
     assert info.num_matvecs > 200
     single = ritz.logdet(A.shift(1.0), estimator=ritz.Deflated(100, 10))
     assert abs(float(single - exact[1])) < 4 * float(info.standard_error[1]) + 1e-2

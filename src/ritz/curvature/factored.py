@@ -114,7 +114,8 @@ class Block:
             flat = self.a.reshape(self.n * self.R, -1).mT @ W
         return flat.reshape(-1, self.d_out, k).permute(2, 1, 0)
 
-    def _add_weight(self, grad: Tensor, into: list[Tensor]) -> None:
+    def _add_weight(self, grad: Tensor, into: Sequence[Any]) -> None:
+        """Add matrices (k, d_out, d_in) to the weight's part (k, *shape), a view of what is wanted."""
         assert self.weight is not None
         shape, rule = self.shapes[self.weight], self.site.rule
         if self._plain:
@@ -126,6 +127,24 @@ class Block:
                 into[self.weight][i][self.first : self.first + self.d_out] += g
             else:
                 into[self.weight][i] += rule.from_matrix(self.site.module, g, shape)
+
+    def add_rows(self, into: list[Tensor]) -> None:
+        """Add the rows themselves, into parts (n, q, *shape)."""
+        n, q, d = self.n, self.q, self.d_out
+        if self.bias is not None:
+            part = self._position_sum().reshape(n, q, d)
+            into[self.bias].reshape(n, q, -1)[..., self.first : self.first + d] += part
+        if self.weight is None:
+            return
+        if self._rows is not None:
+            M = self._rows.reshape(n * q, d, -1)
+        else:
+            a = self.a
+            if isinstance(a, OneHot):
+                a = torch.nn.functional.one_hot(a.index, a.size).to(self._G.dtype)
+            M = torch.bmm(self._G.reshape(n, q, self.R, d).permute(0, 1, 3, 2).reshape(n, q * d, self.R), a)
+            M = M.reshape(n * q, d, -1)
+        self._add_weight(M, [None if i != self.weight else t.flatten(0, 1) for i, t in enumerate(into)])
 
 
 class Factored:
@@ -149,6 +168,14 @@ class Factored:
         parts = [p for p in self.network.split(out)]  # views of `out`
         for block in self.blocks:
             block.add_transposed(S, parts)
+        return out
+
+    def dense(self) -> Tensor:
+        """The rows themselves, (n, q, P)."""
+        out = torch.zeros(self.f.shape[0], self.q, self.network.numel, dtype=self.f.dtype, device=self.f.device)
+        parts = self.network.split(out)  # views of `out`
+        for block in self.blocks:
+            block.add_rows(parts)
         return out
 
     def gram(self, V: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from .data_operator import KEEP_BYTES, Problem
 from .discover import Site
 from .eigenblocks import EigenBlock, EigenBlocks
 from .factored import unit_vectors
-from .ggn import GGN, Fisher
+from .ggn import ExactFisher, Fisher
 from .layers import OneHot
 from .losses import CustomLoss
 from .network import Network, Selection
@@ -91,12 +91,8 @@ class BlockApproximation(EigenBlocks):
             )
         data = [(batch.x, batch.y) for batch in self.problem.batches]
         model, loss = self.network.module, self.problem.loss
-        exact = isinstance(self.kind, GaussNewton)
-        A = (
-            GGN(model, loss, [name], data, **self._settings)
-            if exact
-            else Fisher(model, loss, [name], data, kind=self.kind, **self._settings)
-        )
+        kind = ExactFisher() if isinstance(self.kind, GaussNewton) else self.kind
+        A = Fisher(model, loss, [name], data, kind=kind, **self._settings)
         eigenvalues, Q = _eigh(A.to_dense())
         return EigenBlock(name, (i,), eigenvalues.clamp(min=0.0), Q)
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..errors import OperandError
 from .losses import BinaryCrossEntropy, CrossEntropy, CustomLoss, Loss, Poisson, SquaredError
 
-FUNCTIONS: dict[Any, Callable[[], nn.Module]] = {
+FUNCTIONS: dict[Any, type[nn.Module]] = {
     F.cross_entropy: nn.CrossEntropyLoss,
     F.mse_loss: nn.MSELoss,
     F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,

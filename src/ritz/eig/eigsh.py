@@ -65,8 +65,8 @@ def eigsh(
         derivative of their own; the part within such a group is left out, which is right for whatever depends on the
         eigenspace alone. Signs (phases) are arbitrary, and the derivative along them is zero.
 
-    A converged answer is checked from a random direction (30 columns), since a Krylov space does not see further copies of
-    a repeated eigenvalue; where it changes, the iteration goes on.
+    A converged answer is checked from a random direction (30 columns), since a Krylov space does not see further copies
+    of a repeated eigenvalue; where it changes, the iteration goes on.
 
     Cost: products, and O(n·basis) a product for the orthogonalisation. Reference: Wu, Simon, "Thick-restart Lanczos
         method for large symmetric eigenvalue problems" (2000).

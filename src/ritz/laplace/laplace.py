@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..curvature import EKFAC, GGN, KFAC, CrossEntropy, DiagonalGGN, Jacobian, SquaredError
+from ..curvature import EKFAC, GGN, KFAC, CrossEntropy, DiagonalGGN, LayerRule, SquaredError, rule_for
 from ..curvature.batches import read, to_device
 from ..curvature.network import Network
 from ..eig import eigsh
@@ -18,11 +19,11 @@ from ..errors import OperandError
 from ..result import Info
 from .posterior import Blocks, Full, LowRank, Posterior, Prior
 from .predictive import probabilities
+from .rows import jacobian_rows
 from .state import restore, state_of
 
 LIKELIHOODS = ("classification", "regression")
 STRUCTURES = ("full", "kron", "ekfac", "diag", "lowrank")
-ROWS_BYTES = 256 << 20  # Jacobian rows that a prediction holds at once
 
 
 class Laplace:
@@ -82,7 +83,7 @@ class Laplace:
         if hyperparameters and structure != "full":
             raise OperandError(f"hyperparameters need structure='full'; got structure={structure!r}")
         self.model, self.likelihood, self.structure, self.rank = model, likelihood, structure, rank
-        self.params = _subset(model, subset)
+        self.params, self.subset = _subset(model, subset), subset
         self.hyperparameters, self.micro_batch, self.settings = tuple(hyperparameters), micro_batch, settings
         self.loss = CrossEntropy() if likelihood == "classification" else SquaredError()
         self.prior_mean = prior_mean
@@ -90,7 +91,11 @@ class Laplace:
         self.network = Network(model, self.params)
         self.sigma_noise, self.prior_precision = sigma_noise, prior_precision
         self._variance_of(sigma_noise)
-        self._prior_of(prior_precision)
+        if self._prior_of(prior_precision).is_curve():
+            raise OperandError("prior_precision is a 1-D tensor, a curve; a posterior has one number, or a dictionary")
+        known = {f.name for f in fields(Full)} - {"G", "rank", "measure", "pairs"}
+        if unknown := set(settings) - (known if structure == "full" else set()):
+            raise TypeError(f"Laplace(structure={structure!r}) does not know {', '.join(sorted(unknown))}")
 
     # -- fitting ------------------------------------------------------------------------------------------------------
 
@@ -105,9 +110,16 @@ class Laplace:
         self._data, self._square = pairs, 0.0
         total, self.num_data, self.num_outputs = 0.0, 0, 0
         with torch.no_grad():
+            if isinstance(self.subset, str) and self.subset == "last_layer":
+                first = to_device(batches[0], self.network.device)
+                _check_last(self.model, lambda: self.network(self.network.parameters, first.x))
             for batch in batches:
                 moved = to_device(batch, self.network.device)
                 f = self.network(self.network.parameters, moved.x)
+                if f.ndim < 2:
+                    raise OperandError(
+                        f"the model returned outputs of shape {tuple(f.shape)}; expected (n, …, C), C may be 1"
+                    )
                 total += float(self.loss.value(f, moved.y))
                 self.num_data += f.shape[0]
                 self.num_outputs += f.numel()
@@ -154,7 +166,7 @@ class Laplace:
         s = self._variance_of(self.sigma_noise if sigma_noise is None else sigma_noise)
         loss = self._live_loss() if any(t.requires_grad for t in self.hyperparameters) else self._loss
         if self.likelihood == "classification":
-            return torch.as_tensor(-loss, dtype=torch.float64)
+            return torch.as_tensor(-loss, dtype=torch.float64, device=self.network.device)
         return -loss / s - 0.5 * self.num_outputs * torch.log(2 * torch.pi * s)
 
     def _live_loss(self) -> Tensor:
@@ -184,6 +196,7 @@ class Laplace:
             OperandError: a value that is not finite, with the reason.
         """
         posterior = self._fitted()
+        self.network.check_unchanged()
         prior = self._prior_of(self.prior_precision if prior_precision is None else prior_precision)
         s = self._variance_of(self.sigma_noise if sigma_noise is None else sigma_noise)
         logdet, error = posterior.logdet(prior, s)
@@ -237,11 +250,10 @@ class Laplace:
     def _best_on_curves(self, noise: bool) -> tuple[float, float]:
         """The maximum over δ, and over σ by turns: every evaluation is a curve of numbers that are there already."""
         sigma = float(self._variance_of(self.sigma_noise).detach().sqrt())
-        low, high = 1e-3, 1e5
         delta = 1.0
         with torch.no_grad():
             for _ in range(6 if noise else 1):
-                delta = _maximum(functools.partial(self.log_marginal_likelihood, sigma_noise=sigma), low, high)
+                delta = _maximum(functools.partial(self.log_marginal_likelihood, sigma_noise=sigma), 1e-3, 1e5)
                 if noise:
                     sigma = _maximum(functools.partial(self._over_noise, delta), 0.1 * sigma, 10 * sigma, points=15)
         return delta, sigma
@@ -252,26 +264,20 @@ class Laplace:
     # -- predictions --------------------------------------------------------------------------------------------------
 
     def functional_variance(self, x: Any) -> tuple[Tensor, Tensor]:
-        """Outputs f (n, C) and the covariance of their linearisation, J Σ Jᵀ, (n, C, C).
+        """Outputs f (n, …, C) and the covariance of their linearisation, J Σ Jᵀ, (n, …, C, C), term by term.
 
         With "full" and a ``rank`` it is an upper bound; ``rank=None`` solves with one right-hand side an output.
         """
         posterior = self._fitted()
+        self.network.check_unchanged()
         prior, s = self._prior_of(self.prior_precision), self._variance_of(self.sigma_noise).detach()
         outputs, variances = [], []
         with torch.no_grad():
-            f = self.network(self.network.parameters, x)
-        if f.ndim == 1:
-            raise OperandError("the model returns one number an example, shape (n,); expected (n, C), C may be 1")
-        C, P = f.shape[-1], self.network.numel
-        step = max(1, ROWS_BYTES // (C * P * f.element_size()))
-        for start in range(0, f.shape[0], step):
-            piece = x[start : start + step]
-            J = Jacobian(self.model, None, self.params, piece)
-            rows = J._rmatmat(torch.eye(J.shape[0], dtype=f.dtype, device=f.device)).mT.reshape(-1, C, P)
-            with torch.no_grad():
-                variances.append(posterior.variance(rows, prior, s))
-            outputs.append(f[start : start + step])
+            for f, rows in jacobian_rows(self.model, self.params, x):
+                C = f.shape[-1]
+                variance = posterior.variance(rows.reshape(-1, C, rows.shape[-1]), prior, s)
+                outputs.append(f)
+                variances.append(variance.reshape(*f.shape, C))
         return torch.cat(outputs), torch.cat(variances)
 
     def predict(self, x: Tensor, *, link: str = "probit", samples: int = 100, seed: int = 0) -> Any:
@@ -291,6 +297,7 @@ class Laplace:
     def sample(self, count: int = 1, *, seed: int = 0) -> Tensor:
         """Posterior draws of the parameters, (count, P), in the order of ``network.names``."""
         P = self.network.numel
+        self.network.check_unchanged()
         prior, s = self._prior_of(self.prior_precision), self._variance_of(self.sigma_noise).detach()
         Z = torch.randn(count, P, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         Z = Z.to(self.network.device, self.network.dtype)
@@ -301,7 +308,7 @@ class Laplace:
     # -- values -------------------------------------------------------------------------------------------------------
 
     def _variance_of(self, sigma: Any) -> Tensor:
-        s = torch.as_tensor(sigma, dtype=torch.float64)
+        s = torch.as_tensor(sigma, dtype=torch.float64, device=self.network.device)
         if s.ndim or not bool(s > 0):
             raise OperandError(f"sigma_noise={sigma!r}; expected one positive standard deviation")
         if self.likelihood == "classification" and float(s.detach()) != 1.0:
@@ -312,14 +319,14 @@ class Laplace:
 
     def _prior_of(self, given: Any) -> Prior:
         if not isinstance(given, dict):
-            value = torch.as_tensor(given, dtype=torch.float64)
+            value = torch.as_tensor(given, dtype=torch.float64, device=self.network.device)
             if value.ndim > 1 or not bool((value > 0).all()):
                 raise OperandError(f"prior_precision={given!r}; expected positive numbers, a scalar or a 1-D tensor")
             return Prior(value)
         entries: list[Tensor | None] = [None] * len(self.network.names)
         for name, value in given.items():
             own = [i for i, n in enumerate(self.network.names) if n == name or n.startswith(str(name) + ".")]
-            number = torch.as_tensor(value, dtype=torch.float64)
+            number = torch.as_tensor(value, dtype=torch.float64, device=self.network.device)
             if not own or number.numel() != 1 or not bool(number > 0):
                 raise OperandError(
                     f"prior_precision has {name!r}: {value!r}; expected a positive number for one of "
@@ -333,24 +340,55 @@ class Laplace:
         return Prior(None, torch.cat([e for e in entries if e is not None]))
 
 
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """Modules that multiply by a weight, in the order of their registration."""
+    found = [m for m in model.modules() if isinstance(rule_for(m), LayerRule)]
+    if not found:
+        raise OperandError("the model has no layer that multiplies by a weight; give subset= as names")
+    return found
+
+
+def _check_last(model: nn.Module, run: Callable[[], Any]) -> None:
+    """Raise where the last layer that runs is not the one that was registered last."""
+    order: list[nn.Module] = []
+    layers = _layers(model)
+    handles = [m.register_forward_hook(lambda m, *_: order.append(m)) for m in layers]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if order and order[-1] is not layers[-1]:
+        name = next(n for n, m in model.named_modules() if m is order[-1])
+        raise OperandError(
+            f"subset='last_layer' means the layer that was registered last, but {name} ran last; give subset={name!r}"
+        )
+
+
 def _subset(model: nn.Module, subset: Any) -> Any:
-    if subset == "all":
+    if subset is None or (isinstance(subset, str) and subset == "all"):
         return None
-    if subset == "last_layer":
-        own = [name for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
-        if not own:
-            raise OperandError("the model has no parameters, and so no last layer")
-        return own[-1] if own[-1] else None
+    if isinstance(subset, str) and subset == "last_layer":
+        return list(_layers(model)[-1].parameters(recurse=False))
     return subset
 
 
 def _maximum(values: Callable[[Tensor], Tensor], low: float, high: float, points: int = 41) -> float:
-    """The maximiser of a function of positive numbers on [low, high], by two finer and finer grids of logarithms."""
-    best = low
+    """The maximiser of a function of positive numbers near [low, high], by finer and finer grids of logarithms.
+
+    While it lies on a border the grid goes on beyond, by three decades at a time, twelve at most.
+    """
+    first, last, best = low, high, low
     for _ in range(4):
-        grid = torch.logspace(math.log10(low), math.log10(high), points, dtype=torch.float64)
-        found = values(grid)
-        i = int(found.argmax())
+        while True:
+            grid = torch.logspace(math.log10(low), math.log10(high), points, dtype=torch.float64)
+            i = int(values(grid).argmax())
+            if i == 0 and low <= first and low > 1e-12 * first:
+                low, high = 1e-3 * low, float(grid[1])
+            elif i == points - 1 and high >= last and high < 1e12 * last:
+                low, high = float(grid[-2]), 1e3 * high
+            else:
+                break
         best = float(grid[i])
         low, high = float(grid[max(i - 1, 0)]), float(grid[min(i + 1, points - 1)])
     return best

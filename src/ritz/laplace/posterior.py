@@ -35,6 +35,10 @@ class Prior:
     scalar: Tensor | None
     entries: Tensor | None = None
 
+    def is_curve(self) -> bool:
+        """Whether there are several values, each of them for all parameters."""
+        return self.scalar is not None and self.scalar.ndim > 0
+
     def diagonal(self, P: int) -> Tensor:
         """D as a vector (P,); not for a curve."""
         if self.entries is not None:

@@ -44,7 +44,12 @@ def monte_carlo(f: Tensor, variance: Tensor, samples: int, generator: torch.Gene
 
 
 def probabilities(link: str, f: Tensor, variance: Tensor, samples: int, seed: int) -> Tensor:
-    """Class probabilities (n, C) by the named approximation."""
+    """Class probabilities of f's shape (…, C) by the named approximation; variance (…, C, C)."""
+    shape, C = f.shape, f.shape[-1]
+    return _flat(link, f.reshape(-1, C), variance.reshape(-1, C, C), samples, seed).reshape(shape)
+
+
+def _flat(link: str, f: Tensor, variance: Tensor, samples: int, seed: int) -> Tensor:
     if link == "probit":
         return probit(f, variance)
     if link == "bridge":

@@ -123,7 +123,7 @@ def spectral_density(
     A: Any,
     grid: Tensor | int = 200,
     *,
-    width: float | None = None,
+    width: float | Tensor | None = None,
     estimator: Hutchinson | Deflated = Hutchinson(),
     method: KrylovMethod = Auto(),
     generator: torch.Generator | None = None,
@@ -134,7 +134,8 @@ def spectral_density(
     Args:
         A: Hermitian operator (n, n).
         grid: points (g,), or their number: equally spaced over the Ritz values, three widths beyond.
-        width: standard deviation of the Gaussian that stands for each eigenvalue; None: a hundredth of the range.
+        width: standard deviation of the Gaussian that stands for each eigenvalue, one number or one a point (g,); None:
+            a hundredth of the range.
         estimator, generator: as in :func:`ritz.trace`.
         method: ``Lanczos(k)``; Auto() is Lanczos(100). Details finer than about range/k are those of the quadrature.
 
@@ -151,10 +152,11 @@ def spectral_density(
     low, high = float(seen.min()), float(seen.max())
     spread = high - low if high > low else max(abs(high), 1.0)
     width = spread / 100 if width is None else width
-    if not width > 0:
+    if not bool((torch.as_tensor(width) > 0).all()):
         raise OperandError(f"width={width!r}; expected a positive standard deviation")
     if isinstance(grid, int):
-        grid = torch.linspace(low - 3 * width, high + 3 * width, grid, dtype=torch.float64)
+        beyond = 3 * float(torch.as_tensor(width).max())
+        grid = torch.linspace(low - beyond, high + beyond, grid, dtype=torch.float64)
     density, error = measure.density(grid, width)
     found = grid, density, error
     return (*found, measure.info) if return_info else found
