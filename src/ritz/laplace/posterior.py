@@ -78,7 +78,7 @@ class Full(Posterior):
     """
 
     G: GGN | None
-    estimator: Deflated | Hutchinson = Deflated(300, 10)
+    estimator: Deflated | Hutchinson = Deflated(300, 20, block=20)
     method: Lanczos = Lanczos(rtol=1e-3, max_matvecs=400)
     floor: float = 1e-3
     rank: int | None = 300
