@@ -31,7 +31,7 @@ from .operators import Counting, LinearOperator, aslinearoperator
 from .ravel import ravel
 from .result import Info, Status
 from .solve import CG, MINRES, Direct, Jacobi, Landmarks, Nystrom, PivotedCholesky, RandomlyPivotedCholesky, solve
-from .stochastic import Deflated, Hutchinson, diagonal, logdet, spectral_density, trace
+from .stochastic import Deflated, Hutchinson, XDiag, diagonal, logdet, spectral_density, trace
 
 __version__ = "0.1.0.dev0"
 
@@ -63,6 +63,7 @@ __all__ = [
     "RitzError",
     "Status",
     "Unrolled",
+    "XDiag",
     "aslinearoperator",
     "bilinear_form",
     "curvature",

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..curvature import EKFAC, GGN, KFAC, CrossEntropy, DiagonalGGN, LayerRule, SquaredError, rule_for
+from ..curvature import EKFAC, GGN, KFAC, CrossEntropy, DiagonalGGN, SquaredError
 from ..curvature.batches import read, to_device
 from ..curvature.network import Network
 from ..eig import eigsh
 from ..errors import OperandError
 from ..result import Info
+from .choices import check_last_layer, chosen_parameters, maximum
 from .posterior import Blocks, Full, LowRank, Posterior, Prior
 from .predictive import probabilities
 from .rows import jacobian_rows
@@ -83,7 +83,7 @@ class Laplace:
         if hyperparameters and structure != "full":
             raise OperandError(f"hyperparameters need structure='full'; got structure={structure!r}")
         self.model, self.likelihood, self.structure, self.rank = model, likelihood, structure, rank
-        self.params, self.subset = _subset(model, subset), subset
+        self.params, self.subset = chosen_parameters(model, subset), subset
         self.hyperparameters, self.micro_batch, self.settings = tuple(hyperparameters), micro_batch, settings
         self.loss = CrossEntropy() if likelihood == "classification" else SquaredError()
         self.prior_mean = prior_mean
@@ -112,7 +112,7 @@ class Laplace:
         with torch.no_grad():
             if isinstance(self.subset, str) and self.subset == "last_layer":
                 first = to_device(batches[0], self.network.device)
-                _check_last(self.model, lambda: self.network(self.network.parameters, first.x))
+                check_last_layer(self.model, lambda: self.network(self.network.parameters, first.x))
             for batch in batches:
                 moved = to_device(batch, self.network.device)
                 f = self.network(self.network.parameters, moved.x)
@@ -253,9 +253,9 @@ class Laplace:
         delta = 1.0
         with torch.no_grad():
             for _ in range(6 if noise else 1):
-                delta = _maximum(functools.partial(self.log_marginal_likelihood, sigma_noise=sigma), 1e-3, 1e5)
+                delta = maximum(functools.partial(self.log_marginal_likelihood, sigma_noise=sigma), 1e-3, 1e5)
                 if noise:
-                    sigma = _maximum(functools.partial(self._over_noise, delta), 0.1 * sigma, 10 * sigma, points=15)
+                    sigma = maximum(functools.partial(self._over_noise, delta), 0.1 * sigma, 10 * sigma, points=15)
         return delta, sigma
 
     def _over_noise(self, delta: float, sigmas: Tensor) -> Tensor:
@@ -338,57 +338,3 @@ class Laplace:
         if missing:
             raise OperandError(f"prior_precision has nothing for {', '.join(missing)}; give every parameter a group")
         return Prior(None, torch.cat([e for e in entries if e is not None]))
-
-
-def _layers(model: nn.Module) -> list[nn.Module]:
-    """Modules that multiply by a weight, in the order of their registration."""
-    found = [m for m in model.modules() if isinstance(rule_for(m), LayerRule)]
-    if not found:
-        raise OperandError("the model has no layer that multiplies by a weight; give subset= as names")
-    return found
-
-
-def _check_last(model: nn.Module, run: Callable[[], Any]) -> None:
-    """Raise where the last layer that runs is not the one that was registered last."""
-    order: list[nn.Module] = []
-    layers = _layers(model)
-    handles = [m.register_forward_hook(lambda m, *_: order.append(m)) for m in layers]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    if order and order[-1] is not layers[-1]:
-        name = next(n for n, m in model.named_modules() if m is order[-1])
-        raise OperandError(
-            f"subset='last_layer' means the layer that was registered last, but {name} ran last; give subset={name!r}"
-        )
-
-
-def _subset(model: nn.Module, subset: Any) -> Any:
-    if subset is None or (isinstance(subset, str) and subset == "all"):
-        return None
-    if isinstance(subset, str) and subset == "last_layer":
-        return list(_layers(model)[-1].parameters(recurse=False))
-    return subset
-
-
-def _maximum(values: Callable[[Tensor], Tensor], low: float, high: float, points: int = 41) -> float:
-    """The maximiser of a function of positive numbers near [low, high], by finer and finer grids of logarithms.
-
-    While it lies on a border the grid goes on beyond, by three decades at a time, twelve at most.
-    """
-    first, last, best = low, high, low
-    for _ in range(4):
-        while True:
-            grid = torch.logspace(math.log10(low), math.log10(high), points, dtype=torch.float64)
-            i = int(values(grid).argmax())
-            if i == 0 and low <= first and low > 1e-12 * first:
-                low, high = 1e-3 * low, float(grid[1])
-            elif i == points - 1 and high >= last and high < 1e12 * last:
-                low, high = float(grid[-2]), 1e3 * high
-            else:
-                break
-        best = float(grid[i])
-        low, high = float(grid[max(i - 1, 0)]), float(grid[min(i + 1, points - 1)])
-    return best

@@ -4,12 +4,15 @@ from .deflated import Deflated
 from .measure import SpectralMeasure, spectral_density, spectral_measure
 from .probes import Hutchinson
 from .trace import diagonal, logdet, trace
+from .xdiag import XDiag, frobenius_norm
 
 __all__ = [
     "Deflated",
     "Hutchinson",
     "SpectralMeasure",
+    "XDiag",
     "diagonal",
+    "frobenius_norm",
     "logdet",
     "spectral_density",
     "spectral_measure",

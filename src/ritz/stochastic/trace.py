@@ -20,6 +20,7 @@ from ..result import Info, OnFailure, Status
 from .deflated import Deflated, deflated_trace
 from .preconditioned import preconditioned_logdet
 from .probes import Hutchinson, mean_and_error
+from .xdiag import XDiag, xdiag
 
 
 def trace(
@@ -186,7 +187,7 @@ def diagonal(
     A: LinearOperator,
     f: Any = None,
     *,
-    estimator: Hutchinson | None = None,
+    estimator: Hutchinson | XDiag | None = None,
     method: KrylovMethod = Auto(),
     gradient: GradientRule = Frechet(),
     generator: torch.Generator | None = None,
@@ -199,7 +200,7 @@ def diagonal(
         f: None for the diagonal of A itself, which operators know exactly (``A.diagonal()``) unless an estimator is
             asked for.
         estimator: ``Hutchinson(m)``: the mean of conj(z) ∘ f(A)z; exact with m >= n. Default Hutchinson(10) where f
-            is given.
+            is given. ``XDiag(m)``, for A itself: 2m products, better where the spectrum decays.
 
     Returns:
         (n,), with gradients in A's tensors; ``info.standard_error`` (n,) is that of every entry.
@@ -213,6 +214,12 @@ def diagonal(
         exact = A.diagonal()
         return (exact, Info(None, 0, 0, standard_error=torch.zeros_like(exact.real))) if return_info else exact
     estimator = Hutchinson() if estimator is None else estimator
+    if isinstance(estimator, XDiag):
+        if f is not None:
+            raise OperandError(f"{estimator} is for the diagonal of A itself; use Hutchinson(m) for that of f(A)")
+        value, error = xdiag(A, estimator, generator)
+        info = Info(estimator, 2 * estimator.m, 1, standard_error=error, details={"estimator": estimator})
+        return (value, info) if return_info else value
     _check_estimator(estimator)
     Z = estimator.probes(n, A.dtype, A.device, generator)
     if f is None:
