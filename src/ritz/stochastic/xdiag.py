@@ -40,7 +40,8 @@ def xdiag(A: LinearOperator, estimator: XDiag, generator: torch.Generator | None
     Q, R = torch.linalg.qr(A @ Omega)
     wide = R.double()
     # Where the rank is below m, R is singular: its inverse serves for directions only, which a tiny shift keeps finite.
-    floor = torch.finfo(A.dtype).eps * wide.abs().max().clamp(min=torch.finfo(A.dtype).tiny)
+    size = wide.detach().abs().max()
+    floor = torch.finfo(A.dtype).eps * torch.where(size > 0, size, 1.0)
     pivots = torch.where(wide.diagonal().abs() < floor, floor, wide.diagonal())
     wide = torch.triu(wide, 1) + torch.diag(pivots)
     inverse = torch.linalg.solve_triangular(wide, torch.eye(m, dtype=wide.dtype, device=wide.device), upper=True).mT
