@@ -77,6 +77,7 @@ bench-optim: $(BENCH_STAMP)  ## step times and real training of the optimizers a
 
 bench-curvature: $(BENCH_STAMP)  ## products and evidence of networks' curvature against their peers
 	$(BENCH)/bin/python benchmarks/curvature.py
+	$(BENCH)/bin/python benchmarks/laplace_large.py
 
 clean:  ## remove environments, caches and built files
 	rm -rf $(VENV) $(BENCH) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
