@@ -94,8 +94,8 @@ def markdown(result: dict) -> str:
         "# Evidence of a network with a million parameters",
         "",
         f"{env['cpu']}, {env['threads']} threads, {env['date']}; torch {env['versions']['torch']}. {size}, "
-        f"{result['images']} digits, {result['products']} products: **{result['seconds']:.0f} s, {result['peak_gib']:.2f} "
-        "GiB** at most for the whole process (bars: 600 s, 4 GB).",
+        f"{result['images']} digits, {result['products']} products: **{result['seconds']:.0f} s, "
+        f"{result['peak_gib']:.2f} GiB** at most for the whole process (bars: 600 s, 4 GB).",
         "",
         "| prior precision | log marginal likelihood | standard error |" + more,
         "|---|---|---|" + ("---|---|" if exact else ""),
