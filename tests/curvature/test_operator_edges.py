@@ -136,3 +136,48 @@ def test_attributes_called_p_and_named_tuples():
     A = GGN(Mean().train(), CrossEntropy(), None, (Pair(x, x), y % 2), micro_batch=2)
     B = GGN(Mean(), CrossEntropy(), None, ((x, x), y % 2))
     torch.testing.assert_close(A.to_dense(), B.to_dense())
+
+
+class Adapted(nn.Module):
+    """A frozen layer with a low-rank update beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.out = nn.Linear(4, 4, **DOUBLE), nn.Linear(4, 3, **DOUBLE)
+        self.down, self.up = nn.Linear(4, 2, bias=False, **DOUBLE), nn.Linear(2, 4, bias=False, **DOUBLE)
+        for frozen in (self.base, self.out):
+            frozen.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.base(x) + self.up(self.down(x))))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.out = nn.LSTM(4, 3, batch_first=True, **DOUBLE), nn.Linear(3, 3, **DOUBLE)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.lstm(x)[0])
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.1, batch_first=True, **DOUBLE)
+        self.out = nn.Linear(4, 3, **DOUBLE)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.layer(x))
+
+
+@pytest.mark.parametrize("model", [Adapted, Recurrent, Encoder])
+def test_adapters_recurrence_and_encoders(model):
+    torch.manual_seed(0)
+    net = model().eval()
+    x, y = torch.randn(5, 2, 4, **DOUBLE), torch.randint(0, 3, (5, 2))
+    names = [n for n, p in net.named_parameters() if p.requires_grad]
+    A = GGN(net, CrossEntropy(), None, (x, y))
+    assert list(A.network.names) == names
+    loss = lambda f, t: F.cross_entropy(f.flatten(0, 1), t.flatten())  # noqa: E731
+    torch.testing.assert_close(A.to_dense(), dense.ggn(net, names, x, y, loss), rtol=1e-9, atol=1e-12)
