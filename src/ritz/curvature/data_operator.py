@@ -23,7 +23,7 @@ KEEP_BYTES = 1 << 30  # graphs of all batches that are kept between products; be
 
 
 class DataOperator(LinearOperator):
-    """A sum over batches of data. A subclass gives the shape and ``_batch_product``.
+    """A sum over batches of data. A subclass gives the shape, ``_record`` and ``_accumulate``.
 
     Args:
         network: the function of the selected parameters.

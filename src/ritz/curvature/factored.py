@@ -29,7 +29,7 @@ class Block:
 
     def __init__(self, use: Use, network: Network, q: int) -> None:
         self.weight, self.bias, self.first, self.site = use.weight, use.bias, use.first, use.site
-        self.a = use.a
+        self.a: Tensor | OneHot | None = use.a
         self._plain = type(use.site.rule).to_matrix is LayerRule.to_matrix  # the weight is the matrix
         G = torch.stack(use.gradients, 1)  # (n, q, R, d_out)
         self.n, self.q, self.R, self.d_out = G.shape
@@ -43,13 +43,14 @@ class Block:
                 flat = torch.einsum("nqro,nrd->nqod", G, self.a).reshape(self.n * q, self.d_out * d_in)
                 self._rows = flat
                 self._sum = G.sum(2) if use.bias is not None else None
-                self._G = self._G[:, :, :0]
+                # In place of what they are made of: a slice of it would keep all of its memory.
+                self._G, self.a = G.new_zeros(self.n, q, 0), None
 
     @property
     def bytes(self) -> int:
         """What is kept."""
-        kept = [self._G, self._sum, self._rows, self.a if isinstance(self.a, Tensor) and self._rows is None else None]
-        return sum(t.numel() * t.element_size() for t in kept if t is not None)
+        kept = (self._G, self._sum, self._rows, self.a)
+        return sum(t.numel() * t.element_size() for t in kept if isinstance(t, Tensor))
 
     def _weight_matrix(self, part: Tensor) -> Tensor:
         """The used rows (k, d_out, d_in) of a weight's part (k, *shape)."""
@@ -142,6 +143,7 @@ class Block:
             a = self.a
             if isinstance(a, OneHot):
                 a = torch.nn.functional.one_hot(a.index, a.size).to(self._G.dtype)
+            assert a is not None
             M = torch.bmm(self._G.reshape(n, q, self.R, d).permute(0, 1, 3, 2).reshape(n, q * d, self.R), a)
             M = M.reshape(n * q, d, -1)
         self._add_weight(M, [None if i != self.weight else t.flatten(0, 1) for i, t in enumerate(into)])

@@ -44,8 +44,9 @@ class GGN(DataOperator):
         OperandError: unknown parameters or losses, targets that do not fit, batch statistics, dropout without a seed,
             outputs that do not depend on the parameters; in products, parameters that were changed in place since.
 
-    Cost: a product costs about three forward passes over the data a column (two, and one for the recording where it is
-    not kept). Columns go through together as memory allows. Derivatives: in ``hyperparameters`` and in the operand, to
+    Cost: a product costs a backward pass through each of two recorded graphs a column, and their recording where they
+    are not kept; after a few columns two matrix products a layer, where all layers have rows (:mod:`.factored`).
+    Columns go through together as memory allows. Derivatives: in ``hyperparameters`` and in the operand, to
     any order. Attention is computed by its formula, since fused kernels have no second derivative.
     """
 

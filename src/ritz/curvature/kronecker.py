@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -77,9 +78,9 @@ class BlockApproximation(EigenBlocks):
     _squares = False  # whether rows are squared, example by example
     _groups = True  # whether convolutions in groups, whose inputs are averaged, have a block of the kind
 
+    @abstractmethod
     def _layer_blocks(self, watched: Watched) -> list[EigenBlock]:
         """Blocks of the weights and biases of layers."""
-        raise NotImplementedError
 
     def _exact_block(self, i: int) -> EigenBlock:
         """The eigendecomposition of a parameter's own block of the Gauss–Newton matrix."""
