@@ -11,7 +11,7 @@ Exact where every selected parameter is a weight or a bias of layers with a rule
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,7 @@ from torch import Tensor
 
 from .layers import LayerRule, OneHot
 from .network import Network
-from .uses import Passes, Use, collect, watch
-
-MOST_VECTORS = 256  # output vectors an example; beyond, a backward pass for each costs more than products save
+from .uses import Use, collect, escaped, watch
 
 
 class Block:
@@ -185,15 +183,6 @@ class Factored:
         return self.adjoint(self.rows(V))
 
 
-def unit_vectors(f: Tensor) -> Iterator[Tensor]:
-    """For each output of an example the unit vector, for all examples at once, of f's shape (n, …)."""
-    flat = f.shape[1:].numel()
-    for j in range(flat):
-        unit = torch.zeros(f.shape[0], flat, dtype=f.dtype, device=f.device)
-        unit[:, j] = 1.0
-        yield unit.reshape(f.shape)
-
-
 def factor(
     network: Network, x: Any, size: int, vectors: Callable[[Tensor], Sequence[Tensor]], limit: int
 ) -> Factored | None:
@@ -209,19 +198,8 @@ def factor(
     got = collect(network, watched, x, lambda f: vectors(f) if f.shape[:1] == (size,) else (), limit)
     if got is None or any(use.examples() != size for use in got.uses):
         return None
+    if escaped(network, watched, got, by_example=True):
+        return None
     q = len(got.vectors)
     out = Factored(network, got.f.detach(), [Block(use, network, q) for use in got.uses], q)
-    return out if out.bytes <= limit and _agrees(out, got) else None
-
-
-def _agrees(rows: Factored, got: Passes) -> bool:
-    """Jᵀ U s by an ordinary backward pass: it differs where examples see each other, or a layer escapes its rule."""
-    f, U = got.f, got.vectors
-    generator = torch.Generator().manual_seed(0)
-    S = torch.randn(f.shape[0], len(U), 1, generator=generator, dtype=torch.float64).to(f)
-    weights = [s.reshape((-1,) + (1,) * (f.ndim - 1)) for s in S.unbind(1)]
-    cotangent = torch.stack([s * u for s, u in zip(weights, U)]).sum(0)
-    found = torch.autograd.grad(f, got.leaves, cotangent, retain_graph=True, allow_unused=True)
-    want, have = rows.network.join(found), rows.adjoint(S)[0]
-    error = torch.linalg.vector_norm(have - want) / torch.linalg.vector_norm(want).clamp(min=1e-30)
-    return bool(error < torch.finfo(f.dtype).eps ** 0.6)
+    return out if out.bytes <= limit else None

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from .batches import Batch
 from .data_operator import KEEP_BYTES, DataOperator, Known, Problem
-from .factored import MOST_VECTORS, Factored, factor, unit_vectors
+from .factored import Factored, factor
 from .linearize import Linearization
 from .losses import CustomLoss
 from .network import Selection
+from .output_vectors import by_term, label_gradients, root_vectors
 from .statistics import EmpiricalFisher, MonteCarloFisher
 
 
@@ -85,10 +86,7 @@ class GGN(DataOperator):
 
     def _roots(self, i: int, batch: Batch, f: Tensor) -> Sequence[Tensor]:
         """Output vectors u with Σ_q u uᵀ = H for every example, each of f's shape."""
-        if isinstance(self.loss, CustomLoss) or f[0].numel() > MOST_VECTORS:
-            return ()
-        hessian = self.loss.hessian(f, batch.y)
-        return [hessian.root(unit) for unit in unit_vectors(f)]
+        return root_vectors(self.loss, f, batch)
 
     def _middle(self, i: int, batch: Batch, f: Tensor, U: Tensor) -> Tensor:
         """H U for U (k, *shape of f)."""
@@ -148,24 +146,13 @@ class Fisher(GGN):
     def _roots(self, i: int, batch: Batch, f: Tensor) -> Sequence[Tensor]:
         if isinstance(self.kind, ExactFisher):
             return super()._roots(i, batch, f)
-        # A loss term is a row of outputs: an example has as many vectors as rows, each zero outside of its own.
-        rows = torch.ones_like(f[:, 0]) if f.ndim > 1 else torch.ones_like(f)
-        axis = self.loss._axis(f)
-        if f.ndim > 1:
-            rows = f.select(axis, 0)
-        if rows[0].numel() * getattr(self.kind, "samples", 1) > MOST_VECTORS:
-            return ()
-        masks = [m if f.ndim == 1 else m.unsqueeze(axis) for m in unit_vectors(rows)]
-        return [g * mask for g in self._label_gradients(i, batch, f) for mask in masks]
+        return by_term(self.loss, f, self._label_gradients(i, batch, f))
 
     def _label_gradients(self, i: int, batch: Batch, f: Tensor) -> list[Tensor]:
-        """Gradients in the outputs at the labels, per sample, such that the sum of their outer products is meant."""
+        """Gradients at the labels; drawn ones are kept, since all products must be those of one matrix."""
+        assert not isinstance(self.kind, ExactFisher)
         if isinstance(self.kind, EmpiricalFisher):
-            return [self.loss.gradient(f, batch.y)]
+            return label_gradients(self.kind, self.loss, f, batch, i)
         if i not in self._gradients:
-            assert isinstance(self.kind, MonteCarloFisher)
-            generator = self.kind.generator or torch.Generator(f.device).manual_seed(i)
-            samples = self.kind.samples
-            drawn = [self.loss.sampled_gradient(f.detach(), generator, batch.y) for _ in range(samples)]
-            self._gradients[i] = [g / samples**0.5 for g in drawn]
+            self._gradients[i] = label_gradients(self.kind, self.loss, f, batch, i)
         return self._gradients[i]

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .batches import Batch, read, to_device
 from .data_operator import KEEP_BYTES, DataOperator, Known
-from .factored import MOST_VECTORS, Factored, factor, unit_vectors
+from .factored import Factored, factor
 from .linearize import Linearization
 from .network import Network, Selection
+from .output_vectors import MOST_VECTORS, unit_vectors
 
 
 class Jacobian(DataOperator):

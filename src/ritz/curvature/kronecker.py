@@ -16,11 +16,11 @@ from .batches import Batch, to_device
 from .data_operator import KEEP_BYTES, Problem
 from .discover import Site
 from .eigenblocks import EigenBlock, EigenBlocks
-from .factored import unit_vectors
 from .ggn import ExactFisher, Fisher
 from .layers import OneHot
 from .losses import CustomLoss
 from .network import Network, Selection
+from .output_vectors import by_term, label_gradients, root_vectors
 from .statistics import EmpiricalFisher, GaussNewton, MonteCarloFisher
 from .uses import Passes, Use, Watched, collect, escaped, watch
 
@@ -127,28 +127,19 @@ class BlockApproximation(EigenBlocks):
 
     def _vectors(self, number: int, batch: Batch, f: Tensor, *, rows: bool) -> Sequence[Tensor]:
         loss = self.problem.loss
-        axis = loss._axis(f)
-        terms = unit_vectors(f if f.ndim == 1 else f.select(axis, 0)) if rows and f.ndim != 1 else None
-        if isinstance(self.kind, GaussNewton):
-            if isinstance(loss, CustomLoss):
-                raise OperandError("a loss of your own has no root of its Hessian; give kind=EmpiricalFisher()")
-            hessian = loss.hessian(f, batch.y)
-            if rows or f.ndim == 1:
-                return [hessian.root(unit) for unit in unit_vectors(f)]
-            units = torch.eye(f.shape[axis], dtype=f.dtype, device=f.device)
-            shape = [1] * f.ndim
-            shape[axis] = f.shape[axis]
-            return [hessian.root(unit.reshape(shape).expand(f.shape)) for unit in units]
-        if isinstance(self.kind, EmpiricalFisher):
-            found = [loss.gradient(f, batch.y)]
-        else:
-            generator = self.kind.generator or torch.Generator(f.device).manual_seed(number)
-            samples = self.kind.samples
-            found = [loss.sampled_gradient(f, generator, batch.y) / samples**0.5 for _ in range(samples)]
-        if terms is None:
-            return found
-        masks = [m.unsqueeze(axis) for m in terms]
-        return [g * mask for g in found for mask in masks]
+        if not isinstance(self.kind, GaussNewton):
+            found = label_gradients(self.kind, loss, f, batch, number)
+            return by_term(loss, f, found) if rows else found
+        if isinstance(loss, CustomLoss):
+            raise OperandError("a loss of your own has no root of its Hessian; give kind=EmpiricalFisher()")
+        if rows or f.ndim == 1:
+            return root_vectors(loss, f, batch)
+        # One vector a class for all positions together.
+        axis, hessian = loss._axis(f), loss.hessian(f, batch.y)
+        shape = [1] * f.ndim
+        shape[axis] = f.shape[axis]
+        units = torch.eye(f.shape[axis], dtype=f.dtype, device=f.device)
+        return [hessian.root(unit.reshape(shape).expand(f.shape)) for unit in units]
 
 
 class KFAC(BlockApproximation):
