@@ -13,6 +13,7 @@ from ..errors import OperandError
 from ..operators import LinearOperator
 from .batches import Batch, read, to_device
 from .factored import Factored
+from .losses import Loss
 from .network import Network, Selection
 from .torch_losses import as_loss
 
@@ -147,11 +148,11 @@ class Problem:
         params: Selection,
         data: Any,
         *,
-        reduction: str | None,
-        num_data: int | None,
-        num_loss_terms: float | None,
-        micro_batch: int | None,
-        seed: int | None,
+        reduction: str | None = None,
+        num_data: int | None = None,
+        num_loss_terms: float | None = None,
+        micro_batch: int | None = None,
+        seed: int | None = None,
     ) -> None:
         if micro_batch is not None and (not isinstance(micro_batch, int) or micro_batch < 1):
             raise OperandError(f"micro_batch={micro_batch!r}; expected a whole number of examples, at least 1, or None")
@@ -180,6 +181,56 @@ class Problem:
         if not total > 0:
             raise OperandError(f"the data holds {total:g} loss terms; expected more (are all targets ignored?)")
         return total
+
+
+class LossOperator(DataOperator):
+    """A symmetric matrix (P, P) that a loss over data has: a :class:`DataOperator` of a :class:`Problem`.
+
+    The arguments are described by :class:`~ritz.curvature.GGN`.
+    """
+
+    def __init__(
+        self,
+        model_or_fn: Any,
+        loss: Any,
+        params: Selection = None,
+        data: Any = None,
+        *,
+        hyperparameters: Sequence[Tensor] = (),
+        keep_bytes: int = KEEP_BYTES,
+        reduction: str | None = None,
+        num_data: int | None = None,
+        num_loss_terms: float | None = None,
+        micro_batch: int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        problem = Problem(
+            model_or_fn, loss, params, data, reduction=reduction, num_data=num_data, num_loss_terms=num_loss_terms,
+            micro_batch=micro_batch, seed=seed,
+        )  # fmt: skip
+        P = problem.network.numel
+        super().__init__(
+            problem.network, problem.batches, (P, P), hyperparameters=hyperparameters, keep_bytes=keep_bytes,
+            hermitian=True, psd=self._semidefinite(problem.loss),
+        )  # fmt: skip
+        self.loss, self.scale, self.reduction = problem.loss, problem.scale, problem.reduction
+
+    def _semidefinite(self, loss: Loss) -> bool | None:
+        """Whether the matrix is known to have no negative eigenvalue."""
+        return None
+
+    @abstractmethod
+    def _of_batch(self, i: int, batch: Batch, at: Any, V: Tensor) -> Tensor:
+        """The product with rows V (k, P) at one batch, from what is kept of it, for the sum over its loss terms."""
+
+    def _accumulate(self, X: Tensor, over: Known) -> Tensor:
+        V, total = X.mT.contiguous(), None
+        for i in range(len(self.batches)):
+            at, batch = over(i)
+            found = self._of_batch(i, batch, at, V)
+            total = found if total is None else total + found
+        assert total is not None
+        return self.scale * total.mT
 
 
 def preflight(entries: int, dtype: torch.dtype, what: str, instead: str, limit: int = 8 << 30) -> None:

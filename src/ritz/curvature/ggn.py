@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from .batches import Batch
-from .data_operator import KEEP_BYTES, DataOperator, Known, Problem
+from .data_operator import LossOperator
 from .factored import Factored, factor
 from .linearize import Linearization
-from .losses import CustomLoss
+from .losses import CustomLoss, Loss
 from .network import Selection
 from .output_vectors import by_term, label_gradients, root_vectors
 from .statistics import EmpiricalFisher, MonteCarloFisher
 
 
-class GGN(DataOperator):
+class GGN(LossOperator):
     """The generalised Gauss–Newton matrix G = c Σ_n J_nᵀ H_n J_n, (P, P), over all loss terms of the data.
 
     J_n is the Jacobian of the outputs in the selected parameters, H_n the Hessian of the loss in the outputs, in closed
@@ -51,32 +51,8 @@ class GGN(DataOperator):
     any order. Attention is computed by its formula, since fused kernels have no second derivative.
     """
 
-    def __init__(
-        self,
-        model_or_fn: Any,
-        loss: Any,
-        params: Selection = None,
-        data: Any = None,
-        *,
-        reduction: str | None = None,
-        num_data: int | None = None,
-        num_loss_terms: float | None = None,
-        micro_batch: int | None = None,
-        seed: int | None = None,
-        hyperparameters: Sequence[Tensor] = (),
-        keep_bytes: int = KEEP_BYTES,
-    ) -> None:
-        problem = Problem(
-            model_or_fn, loss, params, data, reduction=reduction, num_data=num_data, num_loss_terms=num_loss_terms,
-            micro_batch=micro_batch, seed=seed,
-        )  # fmt: skip
-        P = problem.network.numel
-        known = None if isinstance(problem.loss, CustomLoss) else True  # a loss of one's own need not be convex
-        super().__init__(
-            problem.network, problem.batches, (P, P), hyperparameters=hyperparameters, keep_bytes=keep_bytes,
-            hermitian=True, psd=known,
-        )  # fmt: skip
-        self.loss, self.scale, self.reduction = problem.loss, problem.scale, problem.reduction
+    def _semidefinite(self, loss: Loss) -> bool | None:
+        return None if isinstance(loss, CustomLoss) else True  # a loss of one's own need not be convex
 
     def _record(self, batch: Batch, recorded: Sequence[Tensor]) -> Linearization:
         return Linearization(self.network, batch.x, recorded)
@@ -92,13 +68,8 @@ class GGN(DataOperator):
         """H U for U (k, *shape of f)."""
         return self.loss.hessian(f, batch.y).product(U)
 
-    def _accumulate(self, X: Tensor, over: Known) -> Tensor:
-        V, total = X.mT.contiguous(), None
-        for i in range(len(self.batches)):
-            at, batch = over(i)
-            found = at.gram(V) if isinstance(at, Factored) else at.vjp(self._middle(i, batch, at.f, at.jvp(V)))
-            total = found if total is None else total + found
-        return self.scale * total.mT  # type: ignore[union-attr]
+    def _of_batch(self, i: int, batch: Batch, at: Any, V: Tensor) -> Tensor:
+        return at.gram(V) if isinstance(at, Factored) else at.vjp(self._middle(i, batch, at.f, at.jvp(V)))
 
 
 @dataclass(frozen=True)

@@ -50,20 +50,12 @@ class BlockApproximation(EigenBlocks):
         data: Any = None,
         *,
         kind: Kind = GaussNewton(),
-        reduction: str | None = None,
-        num_data: int | None = None,
-        num_loss_terms: float | None = None,
-        micro_batch: int | None = None,
-        seed: int | None = None,
+        **settings: Any,
     ) -> None:
-        self.problem = Problem(
-            model_or_fn, loss, params, data, reduction=reduction, num_data=num_data, num_loss_terms=num_loss_terms,
-            micro_batch=micro_batch, seed=seed,
-        )  # fmt: skip
+        self.problem = Problem(model_or_fn, loss, params, data, **settings)
         self.kind = kind
-        self._settings: dict[str, Any] = {
-            "reduction": self.problem.reduction, "num_data": num_data, "num_loss_terms": num_loss_terms, "seed": seed
-        }  # fmt: skip
+        # Of the exact blocks, whose data is cut already.
+        self._settings = {**settings, "reduction": self.problem.reduction, "micro_batch": None}
         self.network = self.problem.network
         if self.network.module is None:
             raise OperandError("block approximations watch the layers of a module; got a function: use GGN")
