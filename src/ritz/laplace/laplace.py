@@ -107,7 +107,7 @@ class Laplace:
         batches = read(data, self.micro_batch)
         pairs = [(b.x, b.y) for b in batches]
         self.network = Network(self.model, self.params)
-        self._data, self._square = pairs, 0.0
+        self._batches = batches
         total, self.num_data, self.num_outputs = 0.0, 0, 0
         with torch.no_grad():
             if isinstance(self.subset, str) and self.subset == "last_layer":
@@ -171,11 +171,10 @@ class Laplace:
 
     def _live_loss(self) -> Tensor:
         """The loss once more, with the graph of the hyperparameters."""
-        parts = []
-        for x, y in self._data:
-            f = self.network([p.detach() if id(p) not in {id(t) for t in self.hyperparameters} else p
-                              for p in self.network.parameters], x)  # fmt: skip
-            parts.append(self.loss.value(f, y).double())
+        live = {id(t) for t in self.hyperparameters}
+        at = [p if id(p) in live else p.detach() for p in self.network.parameters]
+        batches = (to_device(b, self.network.device) for b in self._batches)
+        parts = [self.loss.value(self.network(at, b.x), b.y).double() for b in batches]
         return torch.stack(parts).sum()
 
     def log_marginal_likelihood(

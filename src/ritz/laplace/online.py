@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,14 +17,14 @@ from ..errors import OperandError
 from .laplace import Laplace
 
 
-@dataclass
+@dataclass(frozen=True)
 class Training:
     """What :func:`marglik_training` returns: the posterior at the best evidence, and the course of the training."""
 
     laplace: Laplace
-    losses: list[float] = field(default_factory=list)
-    evidence: list[float] = field(default_factory=list)
-    epochs: list[int] = field(default_factory=list)
+    losses: list[float]
+    evidence: list[float]
+    epochs: list[int]
 
 
 def marglik_training(
@@ -54,7 +54,7 @@ def marglik_training(
     holds the trained parameters fixed.
 
     Args:
-        train_loader: iterated anew every epoch; its examples are counted in the first.
+        train_loader: iterated anew every epoch, and once before to count its examples.
         structure: as in :class:`Laplace`; the evidence of "full" costs a Krylov run a hyper step where
             ``prior_structure`` is "layerwise", and one run an evaluation where it is "scalar".
         optimizer: a callable on parameters, such as ``functools.partial(torch.optim.Adam, lr=1e-3)``.
@@ -80,28 +80,27 @@ def marglik_training(
     hyper = torch.optim.Adam(learned, lr=lr_hyp)
     steps = optimizer([p for p in model.parameters() if p.requires_grad])
     plan = None if scheduler is None else scheduler(steps)
-    size = 0
-    result, best, kept = Training(None), -math.inf, None  # type: ignore[arg-type]
+    size = sum(len(x) for x, _ in train_loader)
+    if not size:
+        raise OperandError("train_loader is empty; expected batches (x, y)")
+    losses: list[float] = []
+    values: list[float] = []
+    epochs: list[int] = []
+    best, kept = -math.inf, None
     for epoch in range(n_epochs):
         model.train()
         factor = float(torch.exp(-2 * log_sigma.detach()))
         deltas = {g: float(v.detach().exp()) for g, v in logs.items()}
-        total, seen = 0.0, 0
+        total = 0.0
         for x, y in train_loader:
             steps.zero_grad()
             f = model(x)
             terms = f.shape[0]
-            seen += terms
-            value = factor * loss.value(f, y) / terms
-            if size or epoch:
-                value = value + _penalty(model, groups, deltas) / max(size, 1)
+            value = factor * loss.value(f, y) / terms + _penalty(groups, deltas) / size
             value.backward()
             steps.step()
             total += float(value.detach()) * terms
-        if not seen:
-            raise OperandError("train_loader is empty; expected batches (x, y)")
-        size = seen
-        result.losses.append(total / seen)
+        losses.append(total / size)
         if plan is not None:
             plan.step()
         if epoch < n_epochs_burnin or (epoch + 1) % marglik_frequency:
@@ -115,8 +114,8 @@ def marglik_training(
             hyper.step()
         with torch.no_grad():
             evidence = laplace.log_marginal_likelihood(_prior(logs, prior_structure), log_sigma.exp())
-        result.evidence.append(float(evidence))
-        result.epochs.append(epoch)
+        values.append(float(evidence))
+        epochs.append(epoch)
         if float(evidence) > best:
             best = float(evidence)
             kept = (
@@ -132,11 +131,11 @@ def marglik_training(
     model.load_state_dict(kept[0])
     model.eval()
     found = {g: math.exp(v) for g, v in kept[1].items()}
-    result.laplace = Laplace(
+    laplace = Laplace(
         model, likelihood, structure=structure, sigma_noise=math.exp(kept[2]),
         prior_precision=found if prior_structure == "layerwise" else next(iter(found.values())), **settings,
     ).fit(train_loader)  # fmt: skip
-    return result
+    return Training(laplace, losses, values, epochs)
 
 
 def _groups(model: nn.Module, prior_structure: str) -> dict[str, list[nn.Parameter]]:
@@ -156,6 +155,6 @@ def _prior(logs: dict[str, Tensor], prior_structure: str) -> Any:
     return {g: v.exp() for g, v in logs.items()}
 
 
-def _penalty(model: nn.Module, groups: dict[str, list[nn.Parameter]], deltas: dict[str, float]) -> Tensor:
+def _penalty(groups: dict[str, list[nn.Parameter]], deltas: dict[str, float]) -> Tensor:
     parts = [0.5 * deltas[g] * p.square().sum() for g, own in groups.items() for p in own]
     return torch.stack(parts).sum()

@@ -2,9 +2,10 @@
 
 from .deflated import Deflated
 from .measure import SpectralMeasure, spectral_density, spectral_measure
+from .norms import frobenius_norm
 from .probes import Hutchinson
 from .trace import diagonal, logdet, trace
-from .xdiag import XDiag, frobenius_norm
+from .xdiag import XDiag
 
 __all__ = [
     "Deflated",

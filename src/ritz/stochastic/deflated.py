@@ -7,6 +7,7 @@ of f(T). The derivative holds Q fixed: the identity is one for every Q.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,6 +62,15 @@ class Deflated:
         return Hutchinson(n) if self.columns + self.block * self.extra >= n else self
 
 
+def krylov_part(
+    A: LinearOperator, product: Callable[[Tensor], Tensor], estimator: Deflated, generator: torch.Generator | None
+) -> BlockSpace:
+    """The space whose first ``columns`` are taken out."""
+    start = Hutchinson(estimator.block, estimator.seed + 1).probes(A.shape[0], A.dtype, A.device, generator)
+    size = estimator.columns + estimator.block * estimator.extra
+    return block_lanczos(product, start, size, psd=bool(A.psd))
+
+
 def deflated_trace(
     A: LinearOperator,
     f: ScalarFunction,
@@ -75,10 +85,8 @@ def deflated_trace(
     """Value, () or (p,), and report; ``details`` has the ``deflated`` part and the ``probed`` one."""
     if not isinstance(gradient, Frechet):
         raise OperandError(f"estimator={estimator} came with gradient={gradient}; expected Frechet()")
-    n = A.shape[0]
-    start = Hutchinson(estimator.block, estimator.seed + 1).probes(n, A.dtype, A.device, generator)
     shifts = shift_tensor(shifts, A)
-    known, space = _known_part(A, start, f, shifts, estimator, gradient)
+    known, space = _known_part(A, f, shifts, estimator, gradient, generator)
     Q = space.V[:, : estimator.columns]
     Z = on_the_rest(Q, estimator, generator)
     (samples,), info = shared_forms(
@@ -91,20 +99,24 @@ def deflated_trace(
 
 
 def _known_part(
-    A: LinearOperator, start: Tensor, f: ScalarFunction, shifts: Tensor | None, estimator: Deflated, gradient: Frechet
+    A: LinearOperator,
+    f: ScalarFunction,
+    shifts: Tensor | None,
+    estimator: Deflated,
+    gradient: Frechet,
+    generator: torch.Generator | None,
 ) -> tuple[Tensor, BlockSpace]:
     """tr Qᵀ f(A) Q for Q the first columns of the space."""
     inputs = () if shifts is None else (shifts,)
     with Run(A, *inputs) as run:
-        size = estimator.columns + estimator.block * estimator.extra
-        space = block_lanczos(run.matmat, start, size, psd=bool(A.psd))
+        space = krylov_part(A, run.matmat, estimator, generator)
         functions = shifted(Term(f, slice(None), shifts))
         top = space.vectors[: estimator.columns]
         weights = top.abs().square().sum(0)
         for g in functions:
             g.check_domain(space.ritz)
         sums = torch.stack([(g(space.ritz) * weights).sum() for g in functions])
-        value = (sums[0] if shifts is None else sums).to(A.dtype if not A.dtype.is_complex else start.real.dtype)
+        value = (sums[0] if shifts is None else sums).to(A.dtype if not A.dtype.is_complex else space.V.real.dtype)
         if not run.wants_gradient():
             return value, space
 

@@ -16,12 +16,11 @@ from torch import Tensor
 from ..errors import OperandError
 from ..functions.scalar import as_function
 from ..functions.space import HermitianSpace, as_hermitian, build, choose
-from ..krylov.block import block_lanczos
 from ..methods import Auto, KrylovMethod, Lanczos
 from ..operators.convert import aslinearoperator
 from ..pairing import Run, check_square
 from ..result import Info
-from .deflated import Deflated, on_the_rest
+from .deflated import Deflated, krylov_part, on_the_rest
 from .probes import Hutchinson, mean_and_error
 
 
@@ -102,9 +101,7 @@ def spectral_measure(
         empty = torch.zeros(0, dtype=torch.float64, device=A.device)
         known, known_weights, spent = empty, empty, 0
         if isinstance(resolved, Deflated):
-            start = Hutchinson(resolved.block, resolved.seed + 1).probes(n, A.dtype, A.device, generator)
-            size = resolved.columns + resolved.block * resolved.extra
-            block = block_lanczos(run.matmat, start, size, psd=bool(A.psd))
+            block = krylov_part(A, run.matmat, resolved, generator)
             known = block.ritz
             known_weights = block.vectors[: resolved.columns].abs().square().sum(0)
             Z, exact = on_the_rest(block.V[:, : resolved.columns], resolved, generator), False

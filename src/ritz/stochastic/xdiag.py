@@ -53,17 +53,3 @@ def xdiag(A: LinearOperator, estimator: XDiag, generator: torch.Generator | None
     rest = left * (S * R).sum(0)  # (I − Q_i Q_iᵀ) A ω_i
     samples = whole - left * (Z @ S) + Omega * rest
     return mean_and_error(samples, False)
-
-
-def frobenius_norm(
-    A: LinearOperator, *, estimator: Hutchinson = Hutchinson(), generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """‖A‖_F of an operator (n, m) and its standard error, from ‖A z‖² over random probes; differentiable."""
-    from ..operators.convert import aslinearoperator
-
-    A = aslinearoperator(A)
-    Z = estimator.probes(A.shape[1], A.dtype, A.device, generator)
-    Y = A @ Z
-    value, error = mean_and_error(Y.abs().square().sum(0), estimator.is_exact(A.shape[1]))
-    root = value.sqrt()
-    return root, 0.5 * error / root.detach().clamp(min=torch.finfo(root.dtype).tiny)
