@@ -24,26 +24,9 @@ from ritz.curvature import (
 from ritz.errors import OperandError
 from ritz.testing import check_operator
 
-from .test_factored import Attention, Twice, sequential
+from .layered import CASES, made
 
 DOUBLE = {"dtype": torch.float64}
-CASES: dict[str, Any] = {
-    "linear": (lambda: sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3, bias=False)), (6, 4), (6,)),
-    "sequence": (lambda: sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), (6, 2, 4), (6, 2)),
-    "convolutions": (
-        lambda: sequential(nn.Conv2d(1, 2, 3, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)), (5, 1, 6, 6), (5,),
-    ),
-    "norm between": (lambda: sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)), (6, 4), (6,)),
-    "used twice": (Twice, (6, 4), (6,)),
-    "attention": (Attention, "tokens", (4, 3)),
-}  # fmt: skip
-
-
-def made(name: str) -> tuple[nn.Module, Tensor, Tensor]:
-    torch.manual_seed(1)
-    model, shape, labels = CASES[name]
-    x = torch.randint(0, 6, (4, 3)) if shape == "tokens" else torch.randn(shape, **DOUBLE)
-    return model(), x, torch.randint(0, 3, labels)
 
 
 def block_indices(A: Any) -> list[Tensor]:

@@ -10,7 +10,7 @@ from ritz.curvature import GGN, BinaryCrossEntropy, CrossEntropy, CustomLoss, Du
 from ritz.errors import OperandError
 from ritz.testing import check_operator
 
-from .test_factored import CASES, made
+from .layered import CASES, made
 
 DOUBLE = {"dtype": torch.float64}
 
