@@ -34,7 +34,7 @@ class Network:
         self.seed = seed
         self.module = model_or_fn if isinstance(model_or_fn, nn.Module) else None
         self._fn: Callable[..., Any] = model_or_fn
-        self._wrap: Callable[[list[Tensor]], Any] = lambda tensors: dict(zip(self.names, tensors))
+        self._form: type = dict  # in which a function takes its parameters
         if self.module is not None:
             check_mode(self.module, seed)
             chosen = select(self.module, params)
@@ -56,12 +56,12 @@ class Network:
 
     def _given(self, params: Any) -> dict[str, Tensor]:
         if isinstance(params, Tensor):
-            self._wrap = lambda tensors: tensors[0]
+            self._form = Tensor
             return {"params": params}
         if isinstance(params, dict) and params and all(isinstance(p, Tensor) for p in params.values()):
             return dict(params)
         if isinstance(params, Sequence) and params and all(isinstance(p, Tensor) for p in params):
-            self._wrap = list
+            self._form = list
             return {str(i): p for i, p in enumerate(params)}
         raise OperandError(
             f"a function came with params={type(params).__name__}; expected the tensor, list or dict of tensors that "
@@ -71,6 +71,12 @@ class Network:
     def _watched(self) -> list[Tensor]:
         module = self.module
         return list(self.parameters) if module is None else [*module.parameters(), *module.buffers()]
+
+    def _wrap(self, tensors: Sequence[Tensor]) -> Any:
+        """The parameters as the module or function takes them."""
+        if self._form is Tensor:
+            return tensors[0]
+        return list(tensors) if self._form is list else dict(zip(self.names, tensors))
 
     def check_unchanged(self) -> None:
         """Raise where a parameter or buffer was changed in place since this object was made."""
@@ -86,9 +92,9 @@ class Network:
         # Fused attention kernels have no second derivative; the plain formula has all of them.
         with sdpa_kernel(SDPBackend.MATH), self._seeded():
             if self.module is not None:
-                f = functional_call(self.module, self._wrap(list(tensors)), _arguments(x))
+                f = functional_call(self.module, self._wrap(tensors), _arguments(x))
             else:
-                f = self._fn(self._wrap(list(tensors)), x)
+                f = self._fn(self._wrap(tensors), x)
         if not isinstance(f, Tensor):
             raise OperandError(
                 f"the network returned a {type(f).__name__}; expected a tensor of outputs: wrap it in a function "

@@ -272,7 +272,7 @@ class Laplace:
         prior, s = self._prior_of(self.prior_precision), self._variance_of(self.sigma_noise).detach()
         outputs, variances = [], []
         with torch.no_grad():
-            for f, rows in jacobian_rows(self.model, self.params, x):
+            for f, rows in jacobian_rows(self.network, x):
                 C = f.shape[-1]
                 variance = posterior.variance(rows.reshape(-1, C, rows.shape[-1]), prior, s)
                 outputs.append(f)

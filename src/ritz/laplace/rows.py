@@ -6,48 +6,52 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..curvature import Jacobian
-from ..curvature.batches import Batch, narrow, read, to_device
-from ..curvature.factored import Factored
-from ..curvature.network import Network, Selection
+from ..curvature.batches import narrow, read, to_device
+from ..curvature.factored import factor
+from ..curvature.linearize import Linearization
+from ..curvature.network import Network
+from ..curvature.output_vectors import MOST_VECTORS, unit_vectors
 from ..errors import OperandError
 
 ROWS_BYTES = 256 << 20  # rows that are held at once
+FIRST = 32  # examples of the first piece, which tells how large the others may be
 COTANGENTS = 64  # examples × outputs that go back through the network together, where layers have no rows
 
 
-def jacobian_rows(model: nn.Module, params: Selection, x: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Outputs (n, *T, C) and rows (n, T C, P) of a few examples at a time.
+def jacobian_rows(network: Network, x: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Outputs f (n, …, C) and rows (n, … C, P) of a few examples at a time.
 
     Rows come from what the layers see where they have that form, and from one backward pass for each output of a few
     examples otherwise.
     """
-    batch = to_device(read([(x, None)], None)[0], Network(model, params).device)
-    size, start, fits = batch.size, 0, True
-    step = min(size, 32)
-    while start < size:
-        count = min(step, size - start)
-        piece = Batch(narrow(batch.x, start, count, size), None, count)
-        J = Jacobian(model, None, params, [(piece.x, None)])
-        f = J.network(J.network.parameters, piece.x).detach()
-        if f.ndim < 2 or f.shape[0] != piece.size:
+    batch = to_device(read([(x, None)], None)[0], network.device)
+    start, step, layered = 0, FIRST, True
+    while start < batch.size:
+        count = min(step, batch.size - start)
+        piece = narrow(batch.x, start, count, batch.size)
+        kept = factor(network, piece, count, _units, ROWS_BYTES) if layered else None
+        layered = kept is not None
+        if kept is not None:
+            f, rows = kept.f, kept.dense()
+        else:
+            with torch.no_grad():
+                shape = network(network.parameters, narrow(batch.x, start, 1, batch.size)).shape
+            outputs = shape[1:].numel()
+            count = min(count, max(1, COTANGENTS // outputs))
+            at = Linearization(network, narrow(batch.x, start, count, batch.size))
+            f = at.f
+            unit = torch.eye(f.numel(), dtype=f.dtype, device=f.device).reshape(-1, *f.shape)
+            rows = at.vjp(unit).reshape(count, -1, network.numel)
+        if f.ndim < 2 or f.shape[0] != count:
             raise OperandError(
-                f"the model returned {tuple(f.shape)} for {piece.size} examples; expected (n, …, C), C may be 1"
+                f"the model returned {tuple(f.shape)} for {count} examples; expected (n, …, C), C may be 1"
             )
-        rows = J._factor(0, piece, ROWS_BYTES) if fits else None
-        fits = rows is not None
-        if rows is None and piece.size * f[0].numel() > COTANGENTS and piece.size > 1:
-            step = max(1, COTANGENTS // f[0].numel())
-            continue
-        yield f, rows.dense() if isinstance(rows, Factored) else _by_backward(J, f)
-        start += piece.size
-        if fits:
-            each = f[0].numel() * J.network.numel * f.element_size()
-            step = min(size - start, max(1, ROWS_BYTES // max(each, 1))) or 1
+        yield f, rows
+        start += count
+        step = max(1, ROWS_BYTES // (f[0].numel() * network.numel * f.element_size()))
 
 
-def _by_backward(J: Jacobian, f: Tensor) -> Tensor:
-    unit = torch.eye(J.shape[0], dtype=f.dtype, device=f.device)
-    return J._rmatmat(unit).mT.reshape(f.shape[0], f[0].numel(), J.network.numel)
+def _units(f: Tensor) -> list[Tensor]:
+    return list(unit_vectors(f)) if f[0].numel() <= MOST_VECTORS else []
