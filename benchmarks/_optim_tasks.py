@@ -118,7 +118,7 @@ def cora(data: str | None) -> dict[str, Tensor]:
     weights = 1 / np.sqrt(degree[pairs[:, 0]] * degree[pairs[:, 1]])
     found = {"rows": rows, "cols": part["x_indices"].astype(np.int64), "values": values.astype(np.float32)}
     found |= {"to": pairs[:, 0], "from": pairs[:, 1], "weights": weights.astype(np.float32)}
-    found |= {k: part[k].astype(np.int64) for k in ("labels", "train", "test")} | {"shape": part["x_shape"]}
+    found |= {k: part[k].astype(np.int64) for k in ("labels", "train", "val", "test")} | {"shape": part["x_shape"]}
     return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in found.items()}
 
 

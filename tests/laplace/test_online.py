@@ -1,4 +1,4 @@
-"""Training with the evidence: hyper-parameters move, the best state is kept, the loss is the log-posterior."""
+"""Training with the evidence: hyper-parameters move, the last or the best state is kept."""
 
 from __future__ import annotations
 
@@ -38,10 +38,30 @@ def test_noise_and_priors_are_learned(structure, prior):
     assert 0.1 < la.sigma_noise < 0.4  # 0.2 made the data
     assert result.evidence[-1] > result.evidence[0] + 5 and len(result.losses) == 60
     value = float(la.log_marginal_likelihood())
-    assert value == pytest.approx(max(result.evidence), rel=1e-3)
+    assert value == pytest.approx(result.evidence[-1], rel=1e-6)
     if prior == "layerwise":
         assert set(la.prior_precision) == {"0", "2"} and len(set(la.prior_precision.values())) == 2
     assert not model.training
+
+
+def test_the_last_or_the_best_state():
+    """A learning rate that ruins the network after the first epochs: their evidence is the highest."""
+
+    def ruin(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0 if epoch < 30 else 50.0)
+
+    last, best = (train("diag", "scalar", scheduler=ruin, keep_best=k)[1] for k in (False, True))
+    assert last.evidence == best.evidence and last.epochs[-1] == 59
+    assert max(last.evidence) > last.evidence[-1] + 1
+    for found, want in ((last, last.evidence[-1]), (best, max(best.evidence))):
+        assert float(found.laplace.log_marginal_likelihood()) == pytest.approx(want, rel=1e-6)
+
+
+def test_epochs_after_the_last_evaluation_count():
+    model, result = train("diag", "scalar", n_epochs=63)
+    assert result.epochs[-1] == 59 and len(result.losses) == 63
+    other, _ = train("diag", "scalar", n_epochs=60)
+    assert not torch.equal(other[0].weight, model[0].weight)
 
 
 def test_a_schedule_that_never_asks_for_the_evidence_is_refused():

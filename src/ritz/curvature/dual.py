@@ -14,6 +14,8 @@ from .factored import Factored
 from .ggn import GGN
 from .losses import CustomLoss
 
+ROWS_AT_ONCE = 64  # of the root that go back through the network together, where layers have no rows
+
 
 class DualGGN(LinearOperator):
     """c Rᵀ J Jᵀ R over all outputs of the data, (M, M), for G = c Σ Jᵀ R Rᵀ J and Hessian roots R.
@@ -57,6 +59,22 @@ class DualGGN(LinearOperator):
             assert V is not None
             out = [self._forward(*G._known(i), V).reshape(-1, k) for i in range(len(G.batches))]
         return G.scale * torch.cat(out)
+
+    def root_rows(self) -> Tensor:
+        """√c Rᵀ J itself, (M, P): the dual is this matrix times its transpose, G its transpose times it."""
+        G, parts = self.G, []
+        G.network.check_unchanged()
+        with torch.no_grad():
+            G._columns += self.shape[0]
+            for i, shape in enumerate(self._shapes):
+                at, batch = G._known(i)
+                if isinstance(at, Factored):
+                    parts.append(at.dense().reshape(-1, G.shape[0]))
+                    continue
+                unit = torch.eye(shape.numel(), dtype=self.dtype, device=self.device)
+                pieces = unit.split(ROWS_AT_ONCE, 1)
+                parts.append(torch.cat([self._adjoint(at, batch, e.reshape(*shape, -1)) for e in pieces]))
+        return G.scale**0.5 * torch.cat(parts)
 
     def _adjoint(self, at: Any, batch: Batch, S: Tensor) -> Tensor:
         """Jᵀ R S for S (*shape of f, k), (k, P)."""

@@ -17,6 +17,7 @@ from ..eig import eigsh
 from ..errors import OperandError
 from ..result import Info
 from .choices import check_last_layer, chosen_parameters, maximum
+from .pairs import all_pairs
 from .posterior import Blocks, Full, LowRank, Posterior, Prior
 from .predictive import probabilities
 from .rows import jacobian_rows
@@ -38,13 +39,16 @@ class Laplace:
             ``sigma_noise``).
         subset: "all" parameters that require a gradient, "last_layer", or names as in :class:`~ritz.curvature.GGN`.
         structure: "full": the whole of G, never formed: evidence by stochastic Lanczos quadrature behind a Krylov space
-            that is taken out, samples by (I + W)^{-1/2}, variances from its leading eigenpairs or from solves.
+            that is taken out, samples by (I + W)^{-1/2}, variances from its leading eigenpairs or from solves; or
+            everything from all of its eigenpairs, see ``dense``.
             "kron", "ekfac", "diag": :class:`~ritz.curvature.KFAC`, ``EKFAC``, ``DiagonalGGN``. "lowrank": ``rank``
             leading eigenpairs alone.
         sigma_noise: standard deviation of the observations.
         prior_precision: δ > 0; or a dictionary from names (as in ``subset``) to numbers.
         prior_mean: of all parameters.
         rank: eigenpairs, for "lowrank" and for the variances of "full".
+        dense: whether "full" decomposes the smaller one of G and its dual as a whole, in float64: then nothing is
+            estimated. None: where that has at most 2000 rows, and no settings of the Krylov spaces are given.
         hyperparameters: tensors inside the model that the evidence is differentiable in ("full" only).
         settings: further fields of :class:`~ritz.laplace.Full`.
 
@@ -69,7 +73,8 @@ class Laplace:
         sigma_noise: float | Tensor = 1.0,
         prior_precision: Any = 1.0,
         prior_mean: float = 0.0,
-        rank: int = 300,
+        rank: int | None = 300,
+        dense: bool | None = None,
         hyperparameters: Any = (),
         micro_batch: int | None = None,
         **settings: Any,
@@ -82,7 +87,11 @@ class Laplace:
             raise OperandError(f"the model is a {type(model).__name__}; expected a torch.nn.Module")
         if hyperparameters and structure != "full":
             raise OperandError(f"hyperparameters need structure='full'; got structure={structure!r}")
-        self.model, self.likelihood, self.structure, self.rank = model, likelihood, structure, rank
+        if dense and (hyperparameters or settings or structure != "full"):
+            raise OperandError(
+                "dense=True is for structure='full' without hyperparameters or Krylov settings; leave it or these out"
+            )
+        self.model, self.likelihood, self.structure, self.rank, self.dense = model, likelihood, structure, rank, dense
         self.params, self.subset = chosen_parameters(model, subset), subset
         self.hyperparameters, self.micro_batch, self.settings = tuple(hyperparameters), micro_batch, settings
         self.loss = CrossEntropy() if likelihood == "classification" else SquaredError()
@@ -102,7 +111,7 @@ class Laplace:
     def fit(self, data: Any) -> Laplace:
         """Curvature and likelihood of the data: a pair (x, y) or a DataLoader of pairs, read once; returns itself.
 
-        "full" records nothing here but the data; the others decompose their matrix.
+        "full" with Krylov spaces records nothing here but the data; the others decompose their matrix.
         """
         batches = read(data, self.micro_batch)
         pairs = [(b.x, b.y) for b in batches]
@@ -133,12 +142,14 @@ class Laplace:
             self.posterior = Blocks(kinds[self.structure](self.model, self.loss, self.params, pairs, reduction="sum"))
             return self
         G = GGN(self.model, self.loss, self.params, pairs, reduction="sum", hyperparameters=self.hyperparameters)
-        if self.structure == "full":
-            self.posterior = Full(G, rank=self.rank, **self.settings)
-        else:
-            k = min(self.rank, G.shape[0])
+        if self.structure == "lowrank":
+            k = min(self.rank or G.shape[0], G.shape[0])
             found = eigsh(G, k, block=min(10, k), rtol=1e-4)
             self.posterior = LowRank(found.values.clamp(min=0.0), found.vectors)
+            return self
+        krylov = self.hyperparameters or self.settings or self.dense is False
+        pairs = None if krylov else all_pairs(G, whatever_size=bool(self.dense))
+        self.posterior = Full(G, rank=self.rank, **self.settings) if pairs is None else LowRank(*pairs)
         return self
 
     def state_dict(self) -> dict[str, Any]:
@@ -188,7 +199,8 @@ class Laplace:
             return_info: also return an :class:`~ritz.result.Info` with the ``standard_error`` of every value.
 
         A scalar prior precision costs one Krylov run with structure "full", the first time; every further value and the
-        whole curve come from the same numbers. Groups cost one run a value, with the derivatives in all of them.
+        whole curve come from the same numbers. Groups cost one run a value, with the derivatives in all of them; where
+        the matrix was decomposed, a factorisation.
         Gradient: in prior_precision, sigma_noise and hyperparameters.
 
         Raises:
@@ -199,11 +211,11 @@ class Laplace:
         prior = self._prior_of(self.prior_precision if prior_precision is None else prior_precision)
         s = self._variance_of(self.sigma_noise if sigma_noise is None else sigma_noise)
         logdet, error = posterior.logdet(prior, s)
-        if prior.entries is None:
+        if (entries := prior.entries) is None:
             assert prior.scalar is not None
             scatter = prior.scalar * self._squares.sum()
         else:
-            scatter = (prior.entries * self._squares).sum()
+            scatter = (entries * self._squares).sum()
         value = self.log_likelihood(s.sqrt()) - 0.5 * (scatter + logdet)
         if not bool(torch.isfinite(value).all()):
             raise OperandError(
@@ -322,7 +334,7 @@ class Laplace:
             if value.ndim > 1 or not bool((value > 0).all()):
                 raise OperandError(f"prior_precision={given!r}; expected positive numbers, a scalar or a 1-D tensor")
             return Prior(value)
-        entries: list[Tensor | None] = [None] * len(self.network.names)
+        found: list[Tensor | None] = [None] * len(self.network.names)
         for name, value in given.items():
             own = [i for i, n in enumerate(self.network.names) if n == name or n.startswith(str(name) + ".")]
             number = torch.as_tensor(value, dtype=torch.float64, device=self.network.device)
@@ -332,8 +344,8 @@ class Laplace:
                     f"{', '.join(self.network.names)}, or for a module of them"
                 )
             for i in own:
-                entries[i] = number.reshape(1).expand(self.network.sizes[i])
-        missing = [n for n, e in zip(self.network.names, entries) if e is None]
+                found[i] = number.reshape(())
+        missing = [n for n, e in zip(self.network.names, found) if e is None]
         if missing:
             raise OperandError(f"prior_precision has nothing for {', '.join(missing)}; give every parameter a group")
-        return Prior(None, torch.cat([e for e in entries if e is not None]))
+        return Prior(None, torch.stack([e for e in found if e is not None]), tuple(self.network.sizes))

@@ -19,7 +19,7 @@ from .laplace import Laplace
 
 @dataclass(frozen=True)
 class Training:
-    """What :func:`marglik_training` returns: the posterior at the best evidence, and the course of the training."""
+    """What :func:`marglik_training` returns: the posterior, and the course of the training."""
 
     laplace: Laplace
     losses: list[float]
@@ -43,15 +43,15 @@ def marglik_training(
     prior_structure: str = "layerwise",
     prior_prec_init: float = 1.0,
     sigma_noise_init: float = 1.0,
+    keep_best: bool = False,
     **settings: Any,
 ) -> Training:
     """Train a network and its prior precision (and noise) together, by turns.
 
     Every epoch minimises the negative log-posterior of the parameters at the current hyper-parameters. Every
     ``marglik_frequency`` epochs after the burn-in a Laplace approximation is made at the current parameters, and
-    ``n_hypersteps`` of Adam on the logarithms of prior precisions and noise climb its evidence. What is returned is the
-    state of the best evidence, loaded into ``model``. This is *not* :meth:`Laplace.optimize_prior_precision`, which
-    holds the trained parameters fixed.
+    ``n_hypersteps`` of Adam on the logarithms of prior precisions and noise climb its evidence. The posterior is that
+    of the last epoch. This is *not* :meth:`Laplace.optimize_prior_precision`, which holds the trained parameters fixed.
 
     Args:
         train_loader: iterated anew every epoch, and once before to count its examples.
@@ -59,6 +59,8 @@ def marglik_training(
             ``prior_structure`` is "layerwise", and one run an evaluation where it is "scalar".
         optimizer: a callable on parameters, such as ``functools.partial(torch.optim.Adam, lr=1e-3)``.
         prior_structure: "layerwise", one precision for each module with parameters, or "scalar".
+        keep_best: return the evaluated epoch of the highest evidence instead. A Laplace evidence leaves out the slope of the
+            log-posterior, so that weights far from a minimum may seem better than what they are trained to.
         settings: further arguments of :class:`Laplace`.
 
     Raises:
@@ -116,23 +118,22 @@ def marglik_training(
             evidence = laplace.log_marginal_likelihood(_prior(logs, prior_structure), log_sigma.exp())
         values.append(float(evidence))
         epochs.append(epoch)
-        if float(evidence) > best:
+        if keep_best and float(evidence) > best:
             best = float(evidence)
-            kept = (
-                copy.deepcopy(model.state_dict()),
-                {g: float(v.detach()) for g, v in logs.items()},
-                float(log_sigma.detach()),
-            )
-    if kept is None:
+            kept = copy.deepcopy(model.state_dict()), [v.detach().clone() for v in (*logs.values(), log_sigma)]
+    if not values:
         raise OperandError(
             f"no evidence was computed in {n_epochs} epochs; expected n_epochs_burnin={n_epochs_burnin} and "
             f"marglik_frequency={marglik_frequency} to leave at least one"
         )
-    model.load_state_dict(kept[0])
+    last = [v.detach() for v in (*logs.values(), log_sigma)]
+    if kept is not None:
+        model.load_state_dict(kept[0])
+        last = kept[1]
     model.eval()
-    found = {g: math.exp(v) for g, v in kept[1].items()}
+    found = {g: math.exp(float(v)) for g, v in zip(groups, last)}
     laplace = Laplace(
-        model, likelihood, structure=structure, sigma_noise=math.exp(kept[2]),
+        model, likelihood, structure=structure, sigma_noise=math.exp(float(last[-1])),
         prior_precision=found if prior_structure == "layerwise" else next(iter(found.values())), **settings,
     ).fit(train_loader)  # fmt: skip
     return Training(laplace, losses, values, epochs)

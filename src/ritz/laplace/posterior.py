@@ -24,16 +24,26 @@ from ..operators import Diagonal
 from ..solve import CG, solve
 from ..stochastic import Deflated, Hutchinson, SpectralMeasure, logdet, spectral_measure
 
+GRAM_BYTES = 512 << 20  # of products that are kept for groups of priors
+
 
 @dataclass(frozen=True)
 class Prior:
-    """δ for every parameter: one number, or one for each group of parameters.
+    """δ for every parameter: one number, or one for each parameter tensor.
 
-    ``scalar`` is () or (p,), a curve; ``entries`` (P,) in the order of θ, where groups differ.
+    ``scalar`` is () or (p,), a curve; ``tensors`` (T,) where they differ, for tensors of ``sizes``.
     """
 
     scalar: Tensor | None
-    entries: Tensor | None = None
+    tensors: Tensor | None = None
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def entries(self) -> Tensor | None:
+        """(P,) in the order of θ, where they differ."""
+        if self.tensors is None:
+            return None
+        return self.tensors.repeat_interleave(torch.tensor(self.sizes, device=self.tensors.device))
 
     def is_curve(self) -> bool:
         """Whether there are several values, each of them for all parameters."""
@@ -41,8 +51,9 @@ class Prior:
 
     def diagonal(self, P: int) -> Tensor:
         """D as a vector (P,); not for a curve."""
-        if self.entries is not None:
-            return self.entries
+        entries = self.entries
+        if entries is not None:
+            return entries
         assert self.scalar is not None
         return self.scalar.reshape(1).expand(P)
 
@@ -88,8 +99,8 @@ class Full(Posterior):
     pairs: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     def logdet(self, prior: Prior, s: Tensor) -> tuple[Tensor, Tensor]:
-        if prior.entries is not None:
-            return self._by_groups(prior.entries, s)
+        if (entries := prior.entries) is not None:
+            return self._by_groups(entries, s)
         assert prior.scalar is not None
         sigma = (prior.scalar * s).reshape(-1)
         if self.G is not None and any(t.requires_grad for t in self.G.tensors()):  # hyperparameters: a run of its own
@@ -173,14 +184,12 @@ class Blocks(Posterior):
 
     def _precision(self, prior: Prior) -> Tensor:
         """D in the coordinates of the eigenvectors, where it is constant on every block."""
-        D = prior.entries
-        if D is None:
+        if prior.tensors is None:
             assert prior.scalar is not None
             return prior.scalar.unsqueeze(-1).expand(*prior.scalar.shape, self.G.shape[0])
-        parts = self.G.network.split(D)
         own: list[Tensor] = []
         for block in self.G.blocks:
-            values = torch.cat([parts[i].reshape(-1) for i in block.indices])
+            values = prior.tensors[list(block.indices)]
             if not torch.equal(values.min(), values.max()):
                 raise OperandError(
                     f"the prior precision differs inside of the block of {block.name}; expected one value for a weight "
@@ -205,26 +214,37 @@ class Blocks(Posterior):
 
 @dataclass
 class LowRank(Posterior):
-    """The leading eigenpairs of the whole matrix, and nothing in the other directions: G = V diag(λ) Vᵀ."""
+    """Eigenpairs of the whole matrix, and nothing in the other directions: G = V diag(λ) Vᵀ. Exact with all of them."""
 
     values: Tensor
     V: Tensor
+    _grams: Tensor | None = field(default=None, repr=False)
 
     def logdet(self, prior: Prior, s: Tensor) -> tuple[Tensor, Tensor]:
-        if prior.entries is None:
+        if prior.tensors is None:
             assert prior.scalar is not None
             value = torch.log1p(self.values.double() / (prior.scalar * s).unsqueeze(-1)).sum(-1)
         else:
-            U = self.V.double() * (self.values.double() / s).sqrt()
-            inner = U.mT @ (U / prior.entries.unsqueeze(1))
+            inner = self._inner(prior) / s
             value = torch.logdet(inner + torch.eye(inner.shape[0], dtype=inner.dtype, device=inner.device))
         return value, torch.zeros_like(value).detach()
 
+    def _inner(self, prior: Prior) -> Tensor:
+        """Uᵀ D⁻¹ U for G = U Uᵀ, (k, k), from the products of every parameter tensor where memory allows."""
+        assert prior.tensors is not None and prior.entries is not None
+        k = self.V.shape[1]
+        if self._grams is None:
+            U = self.V.double() * self.values.double().sqrt()
+            if 8 * len(prior.sizes) * k * k > GRAM_BYTES:
+                return U.mT @ (U / prior.entries.unsqueeze(1))
+            self._grams = torch.stack([part.mT @ part for part in U.split(list(prior.sizes))])
+        return torch.tensordot(prior.tensors.reciprocal(), self._grams, 1)
+
     def sample(self, Z: Tensor, prior: Prior, s: Tensor) -> Tensor:
-        D = prior.diagonal(Z.shape[1]).to(Z.dtype)
+        D = prior.diagonal(Z.shape[1]).to(self.V.dtype)
         Q, w = self._whitened(D, s)
-        C = Z @ Q
-        return (Z + (C * ((1.0 + w).rsqrt() - 1.0)) @ Q.mT) * D.rsqrt()
+        X = Z.to(Q.dtype)
+        return ((X + ((X @ Q) * ((1.0 + w).rsqrt() - 1.0)) @ Q.mT) * D.rsqrt()).to(Z.dtype)
 
     def _whitened(self, D: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """W = Q diag(w) Qᵀ."""
@@ -233,7 +253,7 @@ class LowRank(Posterior):
         return Q, w.square()
 
     def variance(self, J: Tensor, prior: Prior, s: Tensor) -> Tensor:
-        return low_rank_variance(J, self.values, self.V, prior.diagonal(J.shape[2]).to(J.dtype), s)
+        return low_rank_variance(J, self.values, self.V, prior.diagonal(J.shape[2]), s)
 
 
 def low_rank_variance(J: Tensor, values: Tensor, V: Tensor, D: Tensor, s: Tensor) -> Tensor:
@@ -242,11 +262,11 @@ def low_rank_variance(J: Tensor, values: Tensor, V: Tensor, D: Tensor, s: Tensor
     Where G has more than these eigenpairs this is an upper bound, since leaving out curvature only adds variance.
     """
     n, C, P = J.shape
-    scaled = J / D
-    total = torch.einsum("ncp,ndp->ncd", scaled, J)
+    D, rows = D.to(V.dtype), J.to(V.dtype)
+    scaled = rows / D
+    total = torch.einsum("ncp,ndp->ncd", scaled, rows)
     U = V * (values / s).sqrt().to(V.dtype)
-    inner = U.mT @ (U / D.unsqueeze(1))
-    inner = inner.double() + torch.eye(inner.shape[0], dtype=torch.float64, device=J.device)
-    R = torch.linalg.cholesky(inner).to(J.dtype)
-    rows = torch.linalg.solve_triangular(R, (scaled.reshape(n * C, P) @ U).mT, upper=False).mT.reshape(n, C, -1)
-    return total - torch.einsum("nck,ndk->ncd", rows, rows)
+    inner = (U.mT @ (U / D.unsqueeze(1))).double()
+    R = torch.linalg.cholesky(inner + torch.eye(inner.shape[0], dtype=torch.float64, device=J.device)).to(V.dtype)
+    half = torch.linalg.solve_triangular(R, (scaled.reshape(n * C, P) @ U).mT, upper=False).mT.reshape(n, C, -1)
+    return (total - torch.einsum("nck,ndk->ncd", half, half)).to(J.dtype)

@@ -74,7 +74,7 @@ def _posterior_of(laplace: Laplace, state: dict[str, Any]) -> Posterior:
             site = sites[b["indices"][0]] if b["layer"] else None
             blocks.append(EigenBlock(b["name"], tuple(b["indices"]), b["eigenvalues"], b["Q_in"], b["Q_out"], site))
         return Blocks(EigenBlocks(network, blocks))
-    if laplace.structure == "lowrank":
+    if "nodes" not in state:
         return LowRank(state["values"], state["vectors"])
     info = Info("loaded", 0, 0)
     full = Full(None, rank=state["values"].numel(), floor=state["floor"], **laplace.settings)
