@@ -20,6 +20,8 @@ from ritz.curvature import (
     Fisher,
     MonteCarloFisher,
     SquaredError,
+    dual,
+    kronecker,
 )
 from ritz.errors import OperandError
 from ritz.testing import check_operator
@@ -175,6 +177,19 @@ def test_what_escapes_the_layers_gets_an_exact_block(kind):
         torch.testing.assert_close(A.trace(), G.trace())
         if kind is DiagonalGGN:
             torch.testing.assert_close(A.diagonal(), G.diagonal())
+
+
+def test_the_diagonal_of_mixed_examples_has_no_largest_size(monkeypatch):
+    monkeypatch.setattr(kronecker, "LARGEST_BLOCK", 3)
+    monkeypatch.setattr(dual, "ROWS_AT_ONCE", 4)  # 18 rows: five pieces, the last one shorter
+    torch.manual_seed(0)
+    model, x, y = Mixed(), torch.randn(6, 4, **DOUBLE), torch.randint(0, 3, (6,))
+    for data in ((x, y), [(x, y), (2 * x, y)]):
+        want = GGN(model, CrossEntropy(), None, data, reduction="sum").to_dense().diagonal()
+        got = DiagonalGGN(model, CrossEntropy(), None, data, reduction="sum").diagonal()
+        torch.testing.assert_close(got, want)
+    with pytest.raises(OperandError, match="16 entries, more than 3"):
+        DiagonalGGN(model, CrossEntropy(), None, (x, y), kind=EmpiricalFisher())
 
 
 @pytest.mark.parametrize("kind", [EmpiricalFisher(), MonteCarloFisher(3)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -62,19 +63,24 @@ class DualGGN(LinearOperator):
 
     def root_rows(self) -> Tensor:
         """√c Rᵀ J itself, (M, P): the dual is this matrix times its transpose, G its transpose times it."""
-        G, parts = self.G, []
+        return torch.cat(list(self.root_pieces()))
+
+    def root_pieces(self) -> Iterator[Tensor]:
+        """Its rows, those of a batch at a time, or fewer where layers have none."""
+        G = self.G
         G.network.check_unchanged()
         with torch.no_grad():
             G._columns += self.shape[0]
             for i, shape in enumerate(self._shapes):
                 at, batch = G._known(i)
                 if isinstance(at, Factored):
-                    parts.append(at.dense().reshape(-1, G.shape[0]))
+                    yield G.scale**0.5 * at.dense().reshape(-1, G.shape[0])
                     continue
-                unit = torch.eye(shape.numel(), dtype=self.dtype, device=self.device)
-                pieces = unit.split(ROWS_AT_ONCE, 1)
-                parts.append(torch.cat([self._adjoint(at, batch, e.reshape(*shape, -1)) for e in pieces]))
-        return G.scale**0.5 * torch.cat(parts)
+                for first in range(0, shape.numel(), ROWS_AT_ONCE):
+                    count = min(ROWS_AT_ONCE, shape.numel() - first)
+                    unit = torch.zeros(shape.numel(), count, dtype=self.dtype, device=self.device)
+                    unit[first : first + count] = torch.eye(count, dtype=self.dtype, device=self.device)
+                    yield G.scale**0.5 * self._adjoint(at, batch, unit.reshape(*shape, count))
 
     def _adjoint(self, at: Any, batch: Batch, S: Tensor) -> Tensor:
         """Jᵀ R S for S (*shape of f, k), (k, P)."""

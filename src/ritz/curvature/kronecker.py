@@ -15,8 +15,9 @@ from ..errors import OperandError
 from .batches import Batch, to_device
 from .data_operator import KEEP_BYTES, Problem
 from .discover import Site
+from .dual import DualGGN
 from .eigenblocks import EigenBlock, EigenBlocks
-from .ggn import ExactFisher, Fisher
+from .ggn import GGN, ExactFisher, Fisher
 from .layers import OneHot
 from .losses import CustomLoss
 from .network import Network, Selection
@@ -39,7 +40,7 @@ class BlockApproximation(EigenBlocks):
     Parameters that are no weight or bias of a layer with a rule get an exact block of their own.
 
     Raises:
-        OperandError: such a parameter with more than 4096 entries; what ``GGN`` raises.
+        OperandError: such a parameter with more than 4096 entries (any size for the diagonal); what ``GGN`` raises.
     """
 
     def __init__(
@@ -197,8 +198,16 @@ class DiagonalGGN(BlockApproximation):
         return [EigenBlock(names[at[0]], at, scale * s, site=sites[at]) for at, s in sums.items()]
 
     def _exact_block(self, i: int) -> EigenBlock:
-        block = super()._exact_block(i)
-        return EigenBlock(block.name, block.indices, block.diagonal())
+        """From the rows of a root by backward passes, whatever the size; from the exact block for other kinds."""
+        if not isinstance(self.kind, GaussNewton) or isinstance(self.problem.loss, CustomLoss):
+            block = super()._exact_block(i)
+            return EigenBlock(block.name, block.indices, block.diagonal())
+        name, data = self.network.names[i], [(batch.x, batch.y) for batch in self.problem.batches]
+        G = GGN(self.network.module, self.problem.loss, [name], data, **self._settings)
+        total = torch.zeros(G.shape[0], dtype=G.dtype, device=G.device)
+        for rows in DualGGN(G).root_pieces():
+            total += rows.square().sum(0)
+        return EigenBlock(name, (i,), total)
 
 
 class BlockDiagonalGGN(BlockApproximation):

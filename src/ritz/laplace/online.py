@@ -59,7 +59,7 @@ def marglik_training(
             ``prior_structure`` is "layerwise", and one run an evaluation where it is "scalar".
         optimizer: a callable on parameters, such as ``functools.partial(torch.optim.Adam, lr=1e-3)``.
         prior_structure: "layerwise", one precision for each module with parameters, or "scalar".
-        keep_best: return the evaluated epoch of the highest evidence instead. A Laplace evidence leaves out the slope of the
+        keep_best: return the evaluated epoch of the highest evidence. A Laplace evidence leaves out the slope of the
             log-posterior, so that weights far from a minimum may seem better than what they are trained to.
         settings: further arguments of :class:`Laplace`.
 
