@@ -12,7 +12,7 @@ BENCH_STAMP := $(BENCH)/.ritz-installed
 # One thread per test process: the tests are many and small, so threads only get into each other's way.
 RUN_TESTS := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest
 
-.PHONY: help venv test test-all demo lint types doctest examples bench-env bench bench-gp bench-optim bench-curvature clean
+.PHONY: help venv test test-all demo lint types doctest examples bench-env bench bench-gp bench-optim bench-curvature bench-laplace clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,6 +78,9 @@ bench-optim: $(BENCH_STAMP)  ## step times and real training of the optimizers a
 bench-curvature: $(BENCH_STAMP)  ## products and evidence of networks' curvature against their peers
 	$(BENCH)/bin/python benchmarks/curvature.py
 	$(BENCH)/bin/python benchmarks/laplace_large.py
+
+bench-laplace: $(BENCH_STAMP)  ## calibrated networks on six sets against their peers, about two hours
+	$(BENCH)/bin/python benchmarks/laplace_study.py
 
 clean:  ## remove environments, caches and built files
 	rm -rf $(VENV) $(BENCH) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
