@@ -87,7 +87,7 @@ def column(rows: list[dict[str, Any]], key: str) -> list[float]:
     return [r[key] for r in rows if r.get(key) is not None]
 
 
-def table(name: str, methods: dict[str, list[dict[str, Any]]], starts: dict[str, float]) -> list[str]:
+def table(name: str, methods: dict[str, list[dict[str, Any]]], starts: dict[str, float], seeds: int) -> list[str]:
     some = next(iter(methods.values()))[0]
     second = "rmse" if "rmse" in some else "error_rate"
     turned = "auroc" in some
@@ -95,7 +95,8 @@ def table(name: str, methods: dict[str, list[dict[str, Any]]], starts: dict[str,
     head += ["AUROC turned digits"] * turned + ["log evidence", "fit s", "predict s", "peak MiB"]
     out = [f"## {name}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for method, rows in methods.items():
-        cells = [method, spread(column(rows, "nll")), spread(column(rows, second)), spread(column(rows, "calibration"))]
+        label = method if len(rows) == seeds else f"{method} ({len(rows)} seeds)"
+        cells = [label, spread(column(rows, "nll")), spread(column(rows, second)), spread(column(rows, "calibration"))]
         cells += [spread(column(rows, "auroc"))] * turned
         cells.append(spread(column(rows, "evidence"), 0))
         fit = [r["fit_s"] + (starts.get(name, 0.0) if method == "MAP" else 0.0) for r in rows]
@@ -163,7 +164,7 @@ def markdown(result: dict[str, Any]) -> str:
             starts[row["set"]].append(row["seconds"])
     seconds = {k: statistics.median(v) for k, v in starts.items()}
     for name, methods in rows.items():
-        out += table(name, methods, seconds)
+        out += table(name, methods, seconds, seeds)
     out += bars(rows)
     failed = [r for r in result["rows"] if "error" in r]
     if failed:
