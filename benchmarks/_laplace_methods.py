@@ -86,15 +86,15 @@ def mixture(found: Study, outputs: Callable[[Tensor], Tensor], sigma: float) -> 
     return predict
 
 
-def best_sigma(found: Study, f: Tensor) -> float:
-    """The noise at which a mixture with means f (m, n, 1) explains the validation rows best."""
+def best_sigma(found: Study, f: Tensor) -> tuple[float, float]:
+    """The lowest negative log-likelihood of the validation rows under a mixture with means f (m, n, 1), and its σ."""
     y = found.validation[1].squeeze(-1)
 
     def nll(sigma: float) -> float:
         z = -0.5 * ((f.squeeze(-1) - y) / sigma).square() - math.log(sigma)
         return -float((torch.logsumexp(z, 0) - math.log(len(f))).mean())
 
-    return min(torch.logspace(-3, 1, 200).tolist(), key=nll) if found.regression else 1.0
+    return min((nll(sigma), sigma) for sigma in torch.logspace(-3, 1, 200).tolist())
 
 
 def map_network(found: Study, seed: int, start: Start) -> Fit:
@@ -111,7 +111,7 @@ def ensemble(found: Study, seed: int, start: Start) -> Fit:
     sigma = 1.0
     if found.regression:
         f = torch.stack([m(found.validation[0]) for m in members(found.without)])
-        sigma = best_sigma(found, f.detach())
+        _, sigma = best_sigma(found, f.detach())
     models = members(found.train)
     return Fit(mixture(found, lambda x: torch.stack([m(x) for m in models]), sigma))
 
@@ -152,18 +152,18 @@ def ivon_outputs(found: Study, pair: Any, start: Start, lr: float, hess: float, 
 
 
 def ivon(found: Study, seed: int, start: Start) -> Fit:
-    best: tuple[float, float, float] = (math.inf, 0.0, 0.0)
+    """Settings, and the noise of regression, where the validation rows are explained best."""
+    best = (math.inf, 1.0, 0.0, 0.0)
     for lr, hess in IVON_GRID:
         f = ivon_outputs(found, found.without, start, lr, hess, seed)(found.validation[0])
         if found.regression:
-            loss = validation_loss(found, f.mean(0))
+            loss, sigma = best_sigma(found, f)
         else:
             p = torch.softmax(f, -1).mean(0)
-            loss = float(nn.functional.nll_loss(p.log(), found.validation[1]))
+            loss, sigma = float(nn.functional.nll_loss(p.log(), found.validation[1])), 1.0
         if math.isfinite(loss):
-            best = min(best, (loss, lr, hess))
-    _, lr, hess = best
-    sigma = best_sigma(found, ivon_outputs(found, found.without, start, lr, hess, seed)(found.validation[0]))
+            best = min(best, (loss, sigma, lr, hess))
+    _, sigma, lr, hess = best
     outputs = ivon_outputs(found, found.train, start, lr, hess, seed)
     return Fit(mixture(found, outputs, sigma), about={"lr": lr, "hess_init": hess})
 

@@ -107,7 +107,7 @@ def table(name: str, methods: dict[str, list[dict[str, Any]]], starts: dict[str,
 
 
 def bars(rows: Rows) -> list[str]:
-    """The evidence bar seed by seed, and the likelihood bar by means over seeds."""
+    """The evidence bar seed by seed, and the likelihood bar by means over the seeds that everybody ran."""
     out = [
         "## Bars",
         "",
@@ -128,8 +128,10 @@ def bars(rows: Rows) -> list[str]:
         evidence = (
             f"{min(gains):.0f} to {max(gains):.0f} | {sum(g > 0 for g in gains)} of {len(gains)}" if gains else "– | –"
         )
-        ours = column(methods.get("ritz online full", []), "nll")
-        peers = {m: statistics.fmean(column(r, "nll")) for m, r in methods.items() if not m.startswith("ritz")}
+        everybody = set.intersection(*({r["seed"] for r in runs} for runs in methods.values()))
+        nlls = {m: [r["nll"] for r in runs if r["seed"] in everybody] for m, runs in methods.items()}
+        ours = nlls.pop("ritz online full", [])
+        peers = {m: statistics.fmean(v) for m, v in nlls.items() if v and not m.startswith("ritz")}
         if ours and peers:
             best = min(peers, key=peers.__getitem__)
             fine = statistics.fmean(ours) <= peers[best]

@@ -149,8 +149,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             common = {"data": options.data, "quick": options.quick, "folder": folder}
             starts = dict.fromkeys((n, s) for n, _, s in todo)
-            known = {(r["set"], r["seed"]) for r in result["starts"]}
-            result["starts"] = [r for r in result["starts"] if (r["set"], r["seed"]) not in starts] if known else []
+            result["starts"] = [r for r in result["starts"] if (r["set"], r["seed"]) not in starts]
             parallel(make_start, [common | {"set": n, "seed": s} for n, s in starts], options.jobs, keep_start)
             jobs = [common | {"set": n, "method": m, "seed": s} for n, m, s in todo]
             parallel(run, jobs, options.jobs, keep)

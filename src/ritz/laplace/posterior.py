@@ -51,8 +51,7 @@ class Prior:
 
     def diagonal(self, P: int) -> Tensor:
         """D as a vector (P,); not for a curve."""
-        entries = self.entries
-        if entries is not None:
+        if (entries := self.entries) is not None:
             return entries
         assert self.scalar is not None
         return self.scalar.reshape(1).expand(P)
@@ -231,12 +230,12 @@ class LowRank(Posterior):
 
     def _inner(self, prior: Prior) -> Tensor:
         """Uᵀ D⁻¹ U for G = U Uᵀ, (k, k), from the products of every parameter tensor where memory allows."""
-        assert prior.tensors is not None and prior.entries is not None
+        assert prior.tensors is not None
         k = self.V.shape[1]
         if self._grams is None:
             U = self.V.double() * self.values.double().sqrt()
             if 8 * len(prior.sizes) * k * k > GRAM_BYTES:
-                return U.mT @ (U / prior.entries.unsqueeze(1))
+                return U.mT @ (U / prior.diagonal(U.shape[0]).unsqueeze(1))
             self._grams = torch.stack([part.mT @ part for part in U.split(list(prior.sizes))])
         return torch.tensordot(prior.tensors.reciprocal(), self._grams, 1)
 
