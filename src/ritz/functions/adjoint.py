@@ -19,7 +19,7 @@ from ..methods import Arnoldi, Lanczos
 from ..pairing import Cotangents, Pair, Run
 from ..result import Info, Status
 from . import frechet
-from .scalar import ScalarFunction, Times
+from .scalar import ScalarFunction
 from .space import GeneralSpace, HermitianSpace, Space, combine, decompose
 from .terms import Term, form_input_gradients, shifted, term_cotangents
 
@@ -123,7 +123,7 @@ def multiply_by_adjoint(
                 time_bars.append(torch.zeros((), device=basis.device))
                 continue
             if times is not None:
-                time_bars.append((combine(basis, space.small(Times(f))).conj() * G).sum())
+                time_bars.append((combine(basis, space.small(f.in_time())).conj() * G).sum())
             rows = G.mT.unsqueeze(1)  # (m, 1, n)
             product = c.conj().to(_with(c, basis)).unsqueeze(2) * rows
             Q_bar += product if basis.is_complex() else product.real

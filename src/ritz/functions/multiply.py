@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import OperandError
-from ..krylov.arnoldi import ArnoldiState
-from ..krylov.lanczos import LanczosState
 from ..methods import Adjoint, Arnoldi, Auto, Frechet, GradientRule, KrylovMethod, Lanczos, Unrolled
 from ..numerics import as_block, check_finite
 from ..operators.base import LinearOperator
@@ -21,10 +16,9 @@ from ..pairing import Cotangents, Pair, Run
 from ..result import Info, OnFailure, report
 from . import frechet
 from .adjoint import multiply_by_adjoint
-from .scalar import Exp, Part, ScalarFunction, Times, as_function
+from .inputs import as_times
+from .scalar import Exp, Part, ScalarFunction, as_function
 from .space import (
-    GeneralSpace,
-    HermitianSpace,
     Space,
     as_hermitian,
     build,
@@ -35,6 +29,7 @@ from .space import (
     info_of,
     smallest,
 )
+from .table import conjugate_small, select
 from .unrolled import unrolled_multiply
 
 
@@ -102,10 +97,7 @@ def expm_multiply(
         (n,), (n, m), or with a leading axis of times; complex where t or A is.
     """
     A = aslinearoperator(A)
-    times = _times(t, A)
-    if times.ndim > 1:
-        raise OperandError(f"t has shape {tuple(times.shape)}; expected a scalar or a 1-D grid of times")
-    check_finite(times.detach(), "t")
+    times = as_times(t, A)
     V = as_block(B, A.shape[0], "B", dtype=A.dtype, device=A.device)
     grid = times.reshape(-1)
     functions: list[ScalarFunction] = [Exp(s) for s in grid.detach().tolist()]
@@ -114,16 +106,6 @@ def expm_multiply(
     Y = Y.squeeze(2) if B.ndim == 1 else Y
     Y = Y[0] if times.ndim == 0 else Y
     return (Y, info) if return_info else Y
-
-
-def _times(t: Any, A: LinearOperator) -> Tensor:
-    """Times as a tensor; numbers keep double precision (``torch.as_tensor(0.1)`` would round them to float32)."""
-    if isinstance(t, Tensor):
-        return t
-    try:
-        return torch.from_numpy(np.asarray(t)).to(A.device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise OperandError(f"t is {t!r}; expected a number, or a 1-D tensor of times") from error
 
 
 def _multiply(
@@ -193,12 +175,12 @@ def _frechet_rule(
         report(info.backward, what="backward of f(A)v", target=backward.tolerance(basis.dtype), on_failure=on_failure)
         lefts, rights, bars = [], [], torch.zeros_like(G[:, :m])
         for i, (f, _) in enumerate(parts):
-            some = _select(left, slice(i * m, (i + 1) * m))
+            some = select(left, slice(i * m, (i + 1) * m))
             X = frechet.core(some, space, f, index[i * m : (i + 1) * m])
             low = frechet.compress(X, gradient.tolerance(basis.dtype, smallest(error)))
             lefts.append(low.left.to(basis.dtype).mT @ some.basis)
             rights.append(low.right)
-            bars = bars + combine(some.basis, _conjugate_small(some, f)).to(bars.dtype)
+            bars = bars + combine(some.basis, conjugate_small(some, f)).to(bars.dtype)
         return Cotangents([Pair(torch.cat(lefts, 1), torch.cat(rights, 2))], [bars, *rest])
 
     return rule, [basis]
@@ -222,23 +204,6 @@ def _real_parts(
     return parts
 
 
-def _conjugate_small(space: Space, f: ScalarFunction) -> Tensor:
-    """‖g‖ f̄(H) e₁ in the space of (Aᴴ, g): the cotangent of v is f(A)ᴴ g = f̄(Aᴴ) g."""
-    if isinstance(space, HermitianSpace):
-        c = f(space.ritz).conj() * space.first
-        return (space.vectors.to(c.dtype) @ c.unsqueeze(2)).squeeze(2)
-    conj = space.H.conj().resolve_conj()
-    return space.state.norm.to(conj.dtype).unsqueeze(1) * f.matrix(conj)[:, :, 0].conj()
-
-
-def _select(space: Space, rows: slice) -> Space:
-    """The sub-batch of a space."""
-    fields = {f.name: getattr(space.state, f.name)[rows] for f in dataclasses.fields(space.state)}
-    if isinstance(space, HermitianSpace):
-        return HermitianSpace(LanczosState(**fields), space.ritz[rows], space.vectors[rows])
-    return GeneralSpace(ArnoldiState(**fields), space.H[rows])
-
-
 def _time_gradients(
     space: Space, functions: Sequence[ScalarFunction], times: Tensor, cotangents: Sequence[Tensor | None]
 ) -> Tensor:
@@ -248,7 +213,7 @@ def _time_gradients(
         if g is None:
             grads.append(torch.zeros((), dtype=times.dtype, device=times.device))
             continue
-        slope = combine(space.basis, space.small(Times(f)))
+        slope = combine(space.basis, space.small(f.in_time()))
         dot = (slope.conj() * g).sum()
         grads.append((dot if times.is_complex() else dot.real).to(times.dtype))
     return torch.stack(grads)

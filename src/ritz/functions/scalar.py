@@ -49,6 +49,10 @@ class ScalarFunction(ABC):
         """The upper right block of f([[A, E], [0, B]]) for batches of general matrices."""
         return dense.between(self, A, B, E)
 
+    def in_time(self) -> ScalarFunction:
+        """The derivative in t of a function that carries a time t, such as exp(t·x)."""
+        raise DomainError(f"{self!r} carries no time; expected exp, a φ-function or a wave of a time t")
+
     @property
     def block_exact(self) -> bool:
         """Whether :meth:`matrix` needs no eigenvectors, so that it may be used on defective block matrices."""
@@ -95,6 +99,9 @@ class Exp(ScalarFunction):
 
     def matrix(self, H: Tensor) -> Tensor:
         return torch.linalg.matrix_exp(self.scale * H)
+
+    def in_time(self) -> ScalarFunction:
+        return Times(self)
 
 
 @dataclass(frozen=True)
