@@ -46,11 +46,13 @@ class Pair(NamedTuple):
     """One term ⟨Λ, dA (Q C)⟩ of (P), Q a block of the plan and C ``coefficients`` (None for the identity).
 
     Either plain blocks, Λ (n, r) with Q (n, k) and C (k, r), or batches of Krylov bases stored by rows, Λ (m, r, n)
-    with Q (m, k, n) and C (m, k, r), meaning the sum over the batch.
+    with Q (m, k, n) and C (m, k, r), meaning the sum over the batch. ``block`` stands for the plan's Q where the rule
+    made it anew, to save its memory between the passes (for deferred operators only).
     """
 
     Lam: Tensor
     coefficients: Tensor | None = None
+    block: Tensor | None = None
 
 
 class Cotangents(NamedTuple):
@@ -246,7 +248,8 @@ def _contract(plan: _Plan, pairs: Sequence[Pair | None], number: int, needed: bo
     for operator, Q, pair in zip(plan.operators, plan.blocks, pairs, strict=True):
         if pair is None or not pair.Lam.numel():
             continue
-        for i, g in enumerate(operator.pair(_as_columns(pair.Lam), _as_columns(_effective(Q, pair.coefficients)))):
+        own = Q if pair.block is None else pair.block
+        for i, g in enumerate(operator.pair(_as_columns(pair.Lam), _as_columns(_effective(own, pair.coefficients)))):
             if g is not None:
                 total[i] = g if total[i] is None else total[i] + g  # type: ignore[operator]
     return total
@@ -266,7 +269,7 @@ def _effective(Q: Tensor, C: Tensor | None) -> Tensor:
 
 def _spread(pair: Pair) -> Tensor:
     """Λ Cᴴ, the cotangent of the products with all of Q."""
-    Lam, C = pair
+    Lam, C, _ = pair
     if C is None:
         return Lam
     return Lam @ C.mH if Lam.ndim == 2 else C.to(Lam.dtype).conj() @ Lam

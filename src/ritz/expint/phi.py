@@ -61,8 +61,8 @@ def phi_multiply(
         raise OperandError(f"the b_j have shapes {[tuple(b.shape) for b in given]}; expected the same for all")
     time = one_time(t, A)
     chosen = choose(A, method)
-    shared = isinstance(chosen, Lanczos) and isinstance(gradient, Frechet)
-    if shared and len(blocks) > 1 and (A.dtype.is_complex or not time.is_complex()):
+    shared = isinstance(chosen, Lanczos) and len(blocks) > 1 and (A.dtype.is_complex or not time.is_complex())
+    if shared and isinstance(gradient, Frechet) and isinstance(chosen, Lanczos):
         terms = [(j, b) for j, b in enumerate(blocks) if b is not None]
         s = time.detach().item()
         (Y,), info = table_multiply(

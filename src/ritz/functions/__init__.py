@@ -1,8 +1,9 @@
 """Functions of operators: f(A)v, forms, and the functions f themselves with exact divided differences."""
 
 from .divided import divided_difference
+from .exponential import expm_multiply
 from .forms import bilinear_form, quadratic_form, shared_forms
-from .multiply import expm_multiply, funm_multiply
+from .multiply import funm_multiply
 from .scalar import ScalarFunction, exp, inverse, log, phi, power, rsqrt, sqrt
 from .terms import Term
 

@@ -1,4 +1,4 @@
-"""f(A)v: functions of an operator times vectors, and e^{tA}v on a grid of times."""
+"""f(A)v: functions of an operator times vectors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from ..numerics import as_block, check_finite
 from ..operators.base import LinearOperator
 from ..operators.convert import aslinearoperator
 from ..pairing import Cotangents, Pair, Run
-from ..result import Info, OnFailure, report
+from ..result import Info, OnFailure, Status, report
 from . import frechet
 from .adjoint import multiply_by_adjoint
-from .inputs import as_times
-from .scalar import Exp, Part, ScalarFunction, as_function
+from .scalar import Part, ScalarFunction, as_function
 from .space import (
     Space,
     as_hermitian,
@@ -31,6 +30,8 @@ from .space import (
 )
 from .table import conjugate_small, select
 from .unrolled import unrolled_multiply
+
+Refine = Callable[[Space, Tensor, Status], tuple[Sequence[ScalarFunction], "Tensor | None", Tensor, Status]]
 
 
 def funm_multiply(
@@ -69,46 +70,12 @@ def funm_multiply(
     """
     A = aslinearoperator(A)
     V = as_block(B, A.shape[0], "B", dtype=A.dtype, device=A.device)
-    (Y,), info = _multiply([as_function(f)], A, V, None, method, gradient, on_failure)
+    (Y,), info = multiply([as_function(f)], A, V, None, method, gradient, on_failure)
     Y = Y.squeeze(1) if B.ndim == 1 else Y
     return (Y, info) if return_info else Y
 
 
-def expm_multiply(
-    A: LinearOperator,
-    B: Tensor,
-    t: float | complex | Tensor = 1.0,
-    *,
-    method: KrylovMethod = Auto(),
-    gradient: GradientRule = Frechet(),
-    return_info: bool = False,
-    on_failure: OnFailure = "warn",
-) -> Any:
-    """e^{tA} B for one time or a grid of times from a single Krylov run, with gradients in A's tensors, B and t.
-
-    Args:
-        A: square operator (n, n).
-        B: vector (n,) or block (n, m).
-        t: number or tensor of no dimension; or a 1-D tensor of times, whose length becomes the leading axis of the
-            result. Real (of either sign) or complex.
-        method, gradient, return_info, on_failure: as in :func:`funm_multiply`.
-
-    Returns:
-        (n,), (n, m), or with a leading axis of times; complex where t or A is.
-    """
-    A = aslinearoperator(A)
-    times = as_times(t, A)
-    V = as_block(B, A.shape[0], "B", dtype=A.dtype, device=A.device)
-    grid = times.reshape(-1)
-    functions: list[ScalarFunction] = [Exp(s) for s in grid.detach().tolist()]
-    outs, info = _multiply(functions, A, V, grid, method, gradient, on_failure)
-    Y = torch.stack(outs)
-    Y = Y.squeeze(2) if B.ndim == 1 else Y
-    Y = Y[0] if times.ndim == 0 else Y
-    return (Y, info) if return_info else Y
-
-
-def _multiply(
+def multiply(
     functions: Sequence[ScalarFunction],
     A: LinearOperator,
     V: Tensor,
@@ -116,17 +83,26 @@ def _multiply(
     method: KrylovMethod,
     gradient: GradientRule,
     on_failure: OnFailure,
+    *,
+    refine: Refine | None = None,
+    keep: bool = True,
 ) -> tuple[list[Tensor], Info]:
-    """f_p(A) V for several functions of one run; ``times`` are the differentiable t_p of f_p = exp(t_p ·)."""
+    """f_p(A) V for several functions of one run; ``times`` are the differentiable t_p of f_p = exp(t_p ·).
+
+    ``refine`` may choose other functions and times once it has seen the space. ``keep=False`` gives the basis up after
+    the forward pass, and builds it again in backward.
+    """
     chosen = choose(A, method)
     check_rule(gradient, chosen)
     check_finite(V, "B")
     A = as_hermitian(A, chosen)
     if isinstance(gradient, Unrolled):
         return unrolled_multiply(functions, A, V, times, chosen)
-    inputs = (V,) if times is None else (V, times)
-    with Run(A, *inputs) as run:
+    with Run(A, V) as run:
         space, error, status = build(run.matmat, V.detach(), chosen, functions)
+        if refine is not None:
+            functions, times, error, status = refine(space, error, status)
+        run.inputs = (V,) if times is None else (V, times)
         space.check_domain(functions)
         values = [_value(space, f, V) for f in functions]
         info = info_of(chosen, space, error, status, run.num_matvecs)
@@ -137,7 +113,14 @@ def _multiply(
         if isinstance(gradient, Adjoint):
             rule, blocks = multiply_by_adjoint(run, space, functions, times, info)
         else:
-            rule, blocks = _frechet_rule(run, space, functions, times, chosen, gradient, info, on_failure)
+            again = (
+                None
+                if keep or not run.bound.deferrable
+                else type(chosen)(space.basis.shape[1], reorthogonalize=chosen.reorthogonalize)
+            )
+            rule, blocks = _frechet_rule(
+                run, V.detach() if again else space, functions, times, chosen, gradient, info, on_failure, again
+            )
     return list(run.attach(values, rule, blocks, name="f(A)v")), info
 
 
@@ -149,19 +132,29 @@ def _value(space: Space, f: ScalarFunction, V: Tensor) -> Tensor:
 
 def _frechet_rule(
     run: Run,
-    space: Space,
+    forward: Space | Tensor,
     functions: Sequence[ScalarFunction],
     times: Tensor | None,
     method: Lanczos | Arnoldi,
     gradient: Frechet,
     info: Info,
     on_failure: OnFailure,
+    again: Lanczos | Arnoldi | None,
 ) -> tuple[Callable[..., Cotangents], list[Tensor]]:
-    """Rule F: a Krylov space of (Aᴴ, cotangents) in backward, all cotangents in one block."""
+    """Rule F: a Krylov space of (Aᴴ, cotangents) in backward, all cotangents in one block.
+
+    ``forward`` is the space of the forward pass, or its starting vectors, from which the method ``again`` repeats it.
+    """
     backward = gradient.method or method
-    basis, m = space.basis, space.basis.shape[0]
 
     def rule(*cotangents: Tensor | None) -> Cotangents:
+        before = run.num_matvecs
+        if isinstance(forward, Tensor):
+            assert again is not None
+            space, _, _ = build(run.matmat, forward.detach(), again, functions)
+        else:
+            space = forward
+        basis, m = space.basis, space.basis.shape[0]
         parts = _real_parts(functions, cotangents, basis.is_complex())
         time_bar = None if times is None else _time_gradients(space, functions, times, cotangents)
         rest = () if times is None else (time_bar,)
@@ -169,7 +162,6 @@ def _frechet_rule(
             return Cotangents([None], [None, *rest])
         G = torch.cat([g for _, g in parts], dim=1)
         index = torch.arange(m, device=G.device).repeat(len(parts))
-        before = run.num_matvecs
         left, error, status = build(run.adjoint(G.shape[1]), G, backward, [f for f, _ in parts])
         info.backward = info_of(backward, left, error, status, run.num_matvecs - before)
         report(info.backward, what="backward of f(A)v", target=backward.tolerance(basis.dtype), on_failure=on_failure)
@@ -181,9 +173,12 @@ def _frechet_rule(
             lefts.append(low.left.to(basis.dtype).mT @ some.basis)
             rights.append(low.right)
             bars = bars + combine(some.basis, conjugate_small(some, f)).to(bars.dtype)
-        return Cotangents([Pair(torch.cat(lefts, 1), torch.cat(rights, 2))], [bars, *rest])
+        block = basis if isinstance(forward, Tensor) else None
+        return Cotangents([Pair(torch.cat(lefts, 1), torch.cat(rights, 2), block)], [bars, *rest])
 
-    return rule, [basis]
+    # A block of no columns holds the place of one that backward makes.
+    n = forward.shape[0] if isinstance(forward, Tensor) else 0
+    return rule, [forward.new_empty(n, 0) if isinstance(forward, Tensor) else forward.basis]
 
 
 def _real_parts(
