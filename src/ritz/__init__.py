@@ -4,6 +4,7 @@ from . import (
     curvature,
     eig,
     errors,
+    expint,
     functions,
     gp,
     kernels,
@@ -25,7 +26,7 @@ from .errors import (
     OperandError,
     RitzError,
 )
-from .functions import bilinear_form, expm_multiply, funm_multiply, quadratic_form
+from .functions import Chebyshev, ShiftInvert, bilinear_form, expm_multiply, funm_multiply, quadratic_form
 from .methods import Adjoint, Arnoldi, Auto, Frechet, Lanczos, Unrolled
 from .operators import Counting, LinearOperator, aslinearoperator
 from .ravel import ravel
@@ -41,6 +42,7 @@ __all__ = [
     "Auto",
     "BreakdownError",
     "CG",
+    "Chebyshev",
     "ConvergenceError",
     "ConvergenceWarning",
     "Counting",
@@ -61,6 +63,7 @@ __all__ = [
     "PivotedCholesky",
     "RandomlyPivotedCholesky",
     "RitzError",
+    "ShiftInvert",
     "Status",
     "Unrolled",
     "XDiag",
@@ -71,6 +74,7 @@ __all__ = [
     "eig",
     "eigsh",
     "errors",
+    "expint",
     "expm_multiply",
     "functions",
     "funm_multiply",

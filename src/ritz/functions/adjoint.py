@@ -110,7 +110,7 @@ def multiply_by_adjoint(
             f"the Krylov space is exhausted at depth {int(space.state.depth[ended].min())} of {k} (n = {n}): the "
             "derivative of f(A)v cannot be had from these steps by gradient=Adjoint(); use gradient=ritz.Frechet()"
         )
-    basis, m, norm = space.basis, space.basis.shape[0], space.state.norm
+    basis, m, norm, method = space.basis, space.basis.shape[0], space.state.norm, info.method
     coefficients = [space.small(f) for f in functions]
 
     def rule(*cotangents: Tensor | None) -> Cotangents:
@@ -132,8 +132,8 @@ def multiply_by_adjoint(
             norm_bar += torch.where(norm > 0, dot / norm.double().clamp(min=1e-300), torch.zeros_like(dot))
             small_bar += _small_cotangent(space, f, c_bar.to(_double(c_bar)))
         before = run.num_matvecs
-        Lam, V_bar = _recurrence(run, space, info, Q_bar, small_bar, norm_bar)
-        info.backward = Info(info.method, run.num_matvecs - before, k, status=Status.FIXED)
+        Lam, V_bar = _recurrence(run, space, method, Q_bar, small_bar, norm_bar)
+        info.backward = Info(method, run.num_matvecs - before, k, status=Status.FIXED)
         rest: list[Tensor | None] = []
         if times is not None:
             stacked = torch.stack([t.to(torch.complex128) for t in time_bars])
@@ -174,9 +174,8 @@ def _small_cotangent(space: Space, f: ScalarFunction, c_bar: Tensor) -> Tensor:
 
 
 def _recurrence(
-    run: Run, space: Space, info: Info, Q_bar: Tensor, small_bar: Tensor, norm_bar: Tensor
+    run: Run, space: Space, method: object, Q_bar: Tensor, small_bar: Tensor, norm_bar: Tensor
 ) -> tuple[Tensor, Tensor]:
-    method = info.method
     assert isinstance(method, (Lanczos, Arnoldi))
     product = run.adjoint(space.basis.shape[0])
     real = space.state.norm.dtype

@@ -9,22 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import OperandError
+from ..krylov.lanczos import run_lanczos
 from ..methods import Arnoldi, Auto, Frechet, GradientRule, KrylovMethod, Lanczos, Unrolled
-from ..numerics import as_block
+from ..numerics import as_block, unwrap
+from ..operators.assemble import assemble
 from ..operators.base import LinearOperator
 from ..operators.convert import aslinearoperator
 from ..result import Info, OnFailure, Status, report
+from .chebyshev import Chebyshev, chebyshev_multiply
 from .inputs import as_times
 from .multiply import multiply
 from .scalar import Exp, ScalarFunction
-from .space import Space, check_rule, choose, error_estimate
+from .shift_invert import SHARE, OfInverse, ShiftInvert, resolvent
+from .space import Space, check_rule, choose, decompose, error_estimate
 
+ExponentialMethod = KrylovMethod | Chebyshev | ShiftInvert
+
+STIFF = 1e4  # ‖tA‖ above which Auto() looks for a factorisation: polynomial spaces need several hundred products there
 LARGE = 1000  # from this size on Auto() takes the plain Lanczos recurrence and short Arnoldi spaces
 SHORT = 40  # vectors of such an Arnoldi space: its orthogonalisation grows with the square
 HALVINGS = 4  # candidates for a step: the remaining time times 2^(−i/HALVINGS)
@@ -39,7 +47,7 @@ def expm_multiply(
     B: Tensor,
     t: float | complex | Tensor = 1.0,
     *,
-    method: KrylovMethod = Auto(),
+    method: ExponentialMethod = Auto(),
     gradient: GradientRule = Frechet(),
     memory_budget: int | None = None,
     return_info: bool = False,
@@ -54,8 +62,10 @@ def expm_multiply(
             axis of the result. Real (of either sign) or complex; B is the state at time zero.
         method: with a fixed depth, ``Lanczos(k)`` or ``Arnoldi(k)``, one space serves all times, whatever its error.
             With an adaptive one, ``max_matvecs`` bounds the depth, and the time is split into substeps where that does
-            not suffice. ``Auto()``: Lanczos where A is Hermitian, Arnoldi otherwise; from n = 1000 on the plain
-            three-term recurrence, and Arnoldi spaces of at most 40 vectors.
+            not suffice. ``Chebyshev(bounds=(a, b))`` where the spectrum is known, ``ShiftInvert()`` for stiff systems.
+            ``Auto()``: Lanczos where A is Hermitian, Arnoldi otherwise; from n = 1000 on the plain three-term
+            recurrence, Arnoldi spaces of at most 40 vectors, and ShiftInvert() where A is Hermitian and sparse, SciPy
+            is there, and eight Lanczos steps estimate that tA decays with a rate above 10⁴.
         gradient: as in :func:`funm_multiply`.
         memory_budget: bytes for bases; substeps then keep their starting vectors only, and make their spaces anew in
             backward (half as many products more).
@@ -76,22 +86,76 @@ def expm_multiply(
     A = aslinearoperator(A)
     times = as_times(t, A)
     V = as_block(B, A.shape[0], "B", dtype=A.dtype, device=A.device)
-    chosen = _choose(A, method)
-    check_rule(gradient, chosen)
-    if memory_budget is not None:
-        chosen = _within(chosen, memory_budget, V)
     grid = times.reshape(-1)
-    outs, info = _evaluate(A, V, grid, chosen, gradient, on_failure, keep=memory_budget is None)
+    numbers = grid.detach().tolist()
+    chosen = _choose(A, method, V, numbers)
+    if isinstance(chosen, Chebyshev):
+        exps = [Exp(s) for s in numbers]
+        outs, info = chebyshev_multiply(exps, A, V, grid, chosen, gradient, on_failure)
+    elif isinstance(chosen, ShiftInvert):
+        outs, info = _by_resolvent(A, V, grid, numbers, chosen, gradient, on_failure)
+    else:
+        check_rule(gradient, chosen)
+        if memory_budget is not None:
+            chosen = _within(chosen, memory_budget, V)
+        outs, info = _evaluate(A, V, grid, numbers, chosen, gradient, on_failure, keep=memory_budget is None)
     Y = torch.stack(outs)
     Y = Y.squeeze(2) if B.ndim == 1 else Y
     Y = Y[0] if times.ndim == 0 else Y
     return (Y, info) if return_info else Y
 
 
-def _choose(A: LinearOperator, method: KrylovMethod) -> Lanczos | Arnoldi:
+def _choose(
+    A: LinearOperator, method: ExponentialMethod, V: Tensor, numbers: Sequence[complex | float]
+) -> Lanczos | Arnoldi | Chebyshev | ShiftInvert:
+    if isinstance(method, (Chebyshev, ShiftInvert)):
+        return method
     if not isinstance(method, Auto) or A.shape[0] < LARGE:
         return choose(A, method)
-    return Lanczos(reorthogonalize=False) if A.hermitian else Arnoldi(max_matvecs=SHORT)
+    if not A.hermitian:
+        return Arnoldi(max_matvecs=SHORT)
+    real = [s for s in numbers if not isinstance(s, complex)]
+    if len(real) == len(numbers) and real and (min(real) >= 0 or max(real) <= 0) and _is_stiff(A, V, real):
+        return ShiftInvert()
+    return Lanczos(reorthogonalize=False)
+
+
+def _is_stiff(A: LinearOperator, V: Tensor, numbers: Sequence[float]) -> bool:
+    """Whether ‖tA‖, as eight Lanczos steps see it, is above STIFF, all of it decay, and A can be factored."""
+    if find_spec("scipy") is None or not V.shape[1] or not bool(torch.isfinite(V.detach().sum().abs())):
+        return False
+    t = max(numbers, key=abs)
+    with torch.no_grad():
+        state = run_lanczos(A._matmat, unwrap(V).detach()[:, :1], min(8, A.shape[0]))
+        ritz = decompose(state).ritz * t
+        return float(-ritz.min()) > STIFF and float(ritz.max()) <= 1.0 and assemble(A) is not None
+
+
+def _by_resolvent(
+    A: LinearOperator,
+    V: Tensor,
+    grid: Tensor,
+    numbers: Sequence[complex | float],
+    method: ShiftInvert,
+    gradient: GradientRule,
+    on_failure: OnFailure,
+) -> tuple[list[Tensor], Info]:
+    real = [s for s in numbers if not isinstance(s, complex)]
+    if len(real) < len(numbers) or not (min(real, default=0.0) >= 0 or max(real, default=0.0) <= 0):
+        raise OperandError(f"ShiftInvert() came with t={numbers}; expected real times of one sign (one call for each)")
+    if isinstance(gradient, Unrolled):
+        raise OperandError("ShiftInvert() cannot be unrolled through its factorisation; use Frechet() or Adjoint()")
+    t = max(real, key=abs, default=0.0)
+    gamma = method.gamma if method.gamma is not None else SHARE * t
+    if gamma == 0:
+        gamma = 1.0  # t = 0: any space holds B itself
+    B = resolvent(A, gamma, method.solver)
+    krylov = method.krylov or (Lanczos() if A.hermitian else Arnoldi())
+    some = [i for i, s in enumerate(real) if s != 0] or list(range(len(real)))
+    functions = [OfInverse(Exp(real[i]), gamma) for i in some]
+    outs, info = multiply(functions, B, V, grid[some], krylov, gradient, on_failure)
+    info.details["gamma"], info.method = gamma, method
+    return _with_zeros(A, V, grid, real, dict(zip(some, outs, strict=True))), info
 
 
 def _within(method: Lanczos | Arnoldi, budget: int, V: Tensor) -> Lanczos | Arnoldi:
@@ -115,6 +179,7 @@ def _evaluate(
     A: LinearOperator,
     V: Tensor,
     grid: Tensor,
+    numbers: Sequence[complex | float],
     method: Lanczos | Arnoldi,
     gradient: GradientRule,
     on_failure: OnFailure,
@@ -122,7 +187,6 @@ def _evaluate(
     keep: bool,
 ) -> tuple[list[Tensor], Info]:
     """One space for all times where they need no substeps or may have none; otherwise ray by ray."""
-    numbers = grid.detach().tolist()
     functions: list[ScalarFunction] = [Exp(s) for s in numbers]
     rays = _rays(numbers)
     if method.num_matvecs is not None or isinstance(gradient, Unrolled) or not rays:
@@ -130,23 +194,28 @@ def _evaluate(
     if len(rays) == 1 and len(rays[0].index) == len(numbers):
         outs, info = _walk(A, V, grid, rays[0], method, gradient, on_failure, keep)
         return [outs[i] for i in range(len(numbers))], info
-    found: dict[int, Tensor] = {i: V for i, s in enumerate(numbers) if s == 0}  # e⁰B is B
+    found: dict[int, Tensor] = {}
     infos = []
     for ray in rays:
         outs, info = _walk(A, V, grid, ray, method, gradient, on_failure, keep)
         found |= outs
         infos.append(info)
-    wide = any(y.is_complex() for y in found.values())
-    values = [found[i].to(V.dtype.to_complex()) if wide else found[i] for i in range(len(numbers))]
-    # A time of zero has the slope A B, which no space was read for.
-    values = [_with_slope(A, V, y, grid[i]) if numbers[i] == 0 else y for i, y in enumerate(values)]
-    return values, Joined.of([i for info in infos for i in info.parts])
+    return _with_zeros(A, V, grid, numbers, found), Joined.of([i for info in infos for i in info.parts])
 
 
-def _with_slope(A: LinearOperator, V: Tensor, y: Tensor, time: Tensor) -> Tensor:
-    if not (time.requires_grad and torch.is_grad_enabled()):
-        return y
-    return y + time.to(y.dtype if time.is_complex() else y.real.dtype) * (A @ V.detach()).detach()
+def _with_zeros(
+    A: LinearOperator, V: Tensor, grid: Tensor, numbers: Sequence[complex | float], found: dict[int, Tensor]
+) -> list[Tensor]:
+    """All values in order, V itself at times of zero, where its slope A V is one product that no space was read for."""
+    wide = torch.promote_types(V.dtype, grid.dtype) if grid.is_complex() else V.dtype
+    values = []
+    for i, s in enumerate(numbers):
+        y = found[i] if s != 0 else V
+        if s == 0 and grid.requires_grad and torch.is_grad_enabled():
+            time = grid[i] if grid.is_complex() else grid[i].to(V.real.dtype)
+            y = y + time * (A @ V.detach()).detach()
+        values.append(y.to(wide))
+    return values
 
 
 @dataclass(frozen=True)
@@ -252,8 +321,9 @@ def _walk(
     here, state, done = 0.0, V, 0
     while done < len(ray.index):
         # A real operator takes a complex state as two real ones.
-        split = state.is_complex() and not A.dtype.is_complex
-        block = torch.cat([state.real, state.imag], 1) if split else state
+        two = state.is_complex() and not A.dtype.is_complex
+        split = two and bool(state.imag.any())
+        block = torch.cat([state.real, state.imag], 1) if split else state.real if two else state
         leg = _Leg(grid, ray, done, here, rtol, torch.is_grad_enabled())
         share = replace(method, rtol=max(rtol * (total - here) / total, 1e-15))
         outs, info = multiply(

@@ -16,6 +16,7 @@ from ..pairing import Cotangents, Pair, Run
 from ..result import Info, OnFailure, Status, report
 from . import frechet
 from .adjoint import multiply_by_adjoint
+from .chebyshev import Chebyshev, chebyshev_multiply
 from .scalar import Part, ScalarFunction, as_function
 from .space import (
     Space,
@@ -39,7 +40,7 @@ def funm_multiply(
     A: LinearOperator,
     B: Tensor,
     *,
-    method: KrylovMethod = Auto(),
+    method: KrylovMethod | Chebyshev = Auto(),
     gradient: GradientRule = Frechet(),
     return_info: bool = False,
     on_failure: OnFailure = "warn",
@@ -50,7 +51,8 @@ def funm_multiply(
         f: from ``ritz.functions``, or a callable on a tensor of eigenvalues.
         A: square operator (n, n); Hermitian or not.
         B: vector (n,) or block (n, m); the columns share every product.
-        method: ``Lanczos(k)`` or ``Arnoldi(k)`` at fixed depth, with ``rtol=`` adaptive, or ``Auto()``.
+        method: ``Lanczos(k)`` or ``Arnoldi(k)`` at fixed depth, with ``rtol=`` adaptive; ``Chebyshev(bounds=...)``;
+            or ``Auto()``.
         gradient: ``Frechet()`` (derivative of the limit), ``Adjoint()`` (derivative of the computed value; raises
             where the Krylov space is exhausted), ``Unrolled()`` (autograd, any order).
         return_info: also return an :class:`~ritz.result.Info`; after backward ``info.backward`` reports on it.
@@ -70,7 +72,10 @@ def funm_multiply(
     """
     A = aslinearoperator(A)
     V = as_block(B, A.shape[0], "B", dtype=A.dtype, device=A.device)
-    (Y,), info = multiply([as_function(f)], A, V, None, method, gradient, on_failure)
+    if isinstance(method, Chebyshev):
+        (Y,), info = chebyshev_multiply([as_function(f)], A, V, None, method, gradient, on_failure)
+    else:
+        (Y,), info = multiply([as_function(f)], A, V, None, method, gradient, on_failure)
     Y = Y.squeeze(1) if B.ndim == 1 else Y
     return (Y, info) if return_info else Y
 
