@@ -6,6 +6,7 @@ whatever the dtype of the vectors (they cost nothing, and float32 would lose the
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,8 @@ from .scalar import ScalarFunction
 
 Product = Callable[[Tensor], Tensor]
 PSD_ROUNDING = 1e3  # in units of eps·‖A‖: negative Ritz values that a positive semidefinite operator may show
-FIRST, GROWTH = 8, 1.2  # adaptive depth: first look after so many steps, next after that factor
+FIRST = 8  # adaptive depth: steps before the first look at the error
+ROOM = 2**26  # bytes of a basis that are set aside at once; larger ones grow by copies
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,9 @@ def build(
     if method.reorthogonalize or isinstance(method, Arnoldi):
         limit = max(1, min(limit, V.shape[0]))
     k = min(FIRST, limit)
-    state = run(matmat, V, k, **options)
+    room = limit if limit * V.numel() * V.element_size() <= ROOM else 0
+    state = run(matmat, V, k, room=room, **options)
+    before: tuple[int, float] | None = None
     while True:
         space = _space(state)
         error = error_estimate(space, functions)
@@ -195,8 +199,18 @@ def build(
             full = method.reorthogonalize and limit == V.shape[0]
             done = full or bool((space.state.depth < k).all())
             return space, error, Status.EXHAUSTED if done else Status.MAX_STEPS
-        k = min(limit, max(k + 2, int(GROWTH * k)))
-        state = run(matmat, V, k, state=state, **options)
+        worst = float(error.max())
+        k, before = min(limit, k + _more(k, worst, before, rtol)), (k, worst)
+        state = run(matmat, V, k, state=state, room=room, **options)
+
+
+def _more(k: int, error: float, before: tuple[int, float] | None, rtol: float) -> int:
+    """Steps until the next look: what the decay since the last one asks for, at least 2 and at most half of k."""
+    most = max(2, k // 2)
+    if before is None or not error < before[1] < math.inf or error > 0.3:
+        return min(most, max(2, k // 4))
+    rate = math.log(before[1] / error) / (k - before[0])
+    return max(2, min(most, math.ceil(math.log(error / rtol) / rate)))
 
 
 def _space(state: LanczosState | ArnoldiState) -> Space:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .adjoint import Product, adjoint_one_pass, adjoint_orthonormal, mask_rows
-from .orthogonalize import columns, norms, project_out, safe_norms
+from .orthogonalize import basis_of, columns, norms, project_out, safe_norms
 from .progress import progress
 
 
@@ -32,7 +32,13 @@ class ArnoldiState:
 
 
 def run_arnoldi(
-    matmat: Product, V: Tensor, k: int, *, reorthogonalize: bool = True, state: ArnoldiState | None = None
+    matmat: Product,
+    V: Tensor,
+    k: int,
+    *,
+    reorthogonalize: bool = True,
+    state: ArnoldiState | None = None,
+    room: int = 0,
 ) -> ArnoldiState:
     """Run k Arnoldi steps from every column of V.
 
@@ -40,7 +46,7 @@ def run_arnoldi(
                k: steps, ≥ 1; more than n is allowed (breakdown ends the run).  reorthogonalize: classical
                Gram–Schmidt twice a step; otherwise one pass of classical Gram–Schmidt, whose basis loses
                orthogonality like eps·cond([q₁ Aq₁ … ])².  state: a run from the same V and A to continue up to k, with
-               the numbers of an uninterrupted run.
+               the numbers of an uninterrupted run.  room: rows to set aside for that.
     Returns:   :class:`ArnoldiState`.
     Raises:    NonFiniteError: a product, or a starting vector, with NaN or Inf; names the step.
     Cost:      k products with a block of m vectors, m·(k + 3) vectors of memory, and 4 readings of the basis a step (2
@@ -51,13 +57,13 @@ def run_arnoldi(
     first = 0 if state is None else state.Q.shape[1]
     if k <= first:
         raise ValueError(f"k = {k} steps were asked for; expected k >= {first + 1}")
-    Q, H = V.new_empty(m, k, n), V.new_zeros(m, k, k)
+    Q, H = basis_of(V, k, room, None if state is None else state.Q), V.new_zeros(m, k, k)
     if state is None:
         W, norm = V.mT, safe_norms(V.mT)
         run = progress(norm)
     else:
         W, norm = state.residual, state.norm
-        Q[:, :first], H[:, :first, :first] = state.Q, state.H
+        H[:, :first, :first] = state.H
         last = norms(state.residual)
         H[:, first, first - 1] = last
         run = progress(last, _largest(state.H, last))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .adjoint import Product, adjoint_orthonormal, guarded, mask_rows, real_dots, start_gradient
-from .orthogonalize import columns, dots, norms, project_out, safe_norms
+from .orthogonalize import basis_of, columns, dots, norms, project_out, safe_norms
 from .progress import progress
 
 
@@ -33,7 +33,13 @@ class LanczosState:
 
 
 def run_lanczos(
-    matmat: Product, V: Tensor, k: int, *, reorthogonalize: bool = True, state: LanczosState | None = None
+    matmat: Product,
+    V: Tensor,
+    k: int,
+    *,
+    reorthogonalize: bool = True,
+    state: LanczosState | None = None,
+    room: int = 0,
 ) -> LanczosState:
     """Run k Lanczos steps from every column of V.
 
@@ -41,7 +47,8 @@ def run_lanczos(
                k: steps, ≥ 1; more than n is allowed (breakdown ends the run).  reorthogonalize: every new vector is
                made orthogonal to all earlier ones by two passes of classical Gram–Schmidt, of which the first needs
                only two vectors (the recurrence); otherwise the plain three-term recurrence.  state: a run from the
-               same V and A to continue up to k, with the numbers of an uninterrupted run.
+               same V and A to continue up to k, with the numbers of an uninterrupted run.  room: rows to set aside for
+               that.
     Returns:   :class:`LanczosState`. With q_j the rows of Q[i], A Qᵀ = QᵀT + r e_kᵀ for every run that did not break
                down, on the leading ``depth`` vectors otherwise.
     Raises:    NonFiniteError: a product, or a starting vector, with NaN or Inf; names the step.
@@ -54,13 +61,12 @@ def run_lanczos(
     first = 0 if state is None else state.Q.shape[1]
     if k <= first:
         raise ValueError(f"k = {k} steps were asked for; expected k >= {first + 1}")
-    Q = V.new_empty(m, k, n)
+    Q = basis_of(V, k, room, None if state is None else state.Q)
     if state is None:
         W, norm = V.mT, safe_norms(V.mT)
         run = progress(norm)
     else:
         W, norm = state.residual, state.norm
-        Q[:, :first] = state.Q
         run = progress(state.beta[:, -1], (state.alpha.abs() + state.beta).amax(1))
     rows = Q.unbind(1)
     j = first

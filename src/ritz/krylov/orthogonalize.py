@@ -11,6 +11,22 @@ import torch
 from torch import Tensor
 
 
+def basis_of(V: Tensor, k: int, room: int, before: Tensor | None) -> Tensor:
+    """Rows for k vectors (m, k, n), the first ones those of ``before``; in its own storage where that has the room.
+
+    A basis that grows in small steps would be copied at each of them: ``room`` rows are set aside at once.
+    """
+    n, m = V.shape
+    if before is not None and before._base is not None:
+        buffer = before._base
+        if buffer.ndim == 3 and buffer.shape[0] == m and buffer.shape[1] >= k and buffer.shape[2] == n:
+            return buffer[:, :k]
+    buffer = V.new_empty(m, max(k, room), n)
+    if before is not None:
+        buffer[:, : before.shape[1]] = before
+    return buffer[:, :k]
+
+
 def coefficients(Q: Tensor, W: Tensor) -> Tensor:
     """Return c (m, j) with c_i = q_iᴴ w, for Q (m, j, n) and W (m, n).
 
