@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SHORT = 2**17  # entries up to which BLAS sums squares of float32 to a few units in the last place
+
 
 def basis_of(V: Tensor, k: int, room: int, before: Tensor | None) -> Tensor:
     """Rows for k vectors (m, k, n), the first ones those of ``before``; in its own storage where that has the room.
@@ -121,6 +123,17 @@ def norms(W: Tensor, out: Tensor | None = None) -> Tensor:
     squares below 1e-38 vanish. Devices without float64 (MPS) sum in float32.
     """
     low = W.dtype not in (torch.float64, torch.complex128) and W.device.type != "mps"
+    if (
+        low
+        and out is None
+        and W.dtype == torch.float32
+        and W.shape[0] == 1
+        and W.shape[1] <= SHORT
+        and W.device.type == "cpu"
+    ):
+        square = torch.dot(W[0], W[0])  # a tenth of the time; as exact as float32 here, if nothing over- or underflows
+        if 1e-25 < square.item() < 1e25:
+            return square.sqrt().unsqueeze(0)
     if not low:
         return torch.linalg.vector_norm(W, dim=1, out=out)
     wide = torch.complex128 if W.is_complex() else torch.float64
