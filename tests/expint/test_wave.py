@@ -8,7 +8,7 @@ from torch import Tensor
 
 import ritz
 from ritz.errors import DomainError, OperandError, SecondDerivativeError
-from ritz.expint import wave_multiply
+from ritz.expint import FirstOrder, wave_multiply
 
 N = 30
 
@@ -51,6 +51,22 @@ def test_against_the_system(t: float, wanted: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8 * float(b.norm() + 1e-3))
     assert info.num_matvecs == 4 * info.depth
     assert info.backward.num_matvecs == (4 if wanted == "both" else 2) * info.backward.depth
+
+
+def test_first_order_system() -> None:
+    M, S, u, v = problem()
+    K = (-S + 0.1 * torch.triu(torch.ones_like(S))).detach().requires_grad_()
+    A = FirstOrder(ritz.aslinearoperator(K))
+    ritz.testing.check_operator(A)
+    y = torch.cat([u, v]).detach()
+    zero, eye = torch.zeros_like(K), torch.eye(N, dtype=torch.float64)
+    exact = torch.matrix_exp(1.3 * torch.cat([torch.cat([zero, eye], 1), torch.cat([K, zero], 1)])) @ y
+    found = ritz.expm_multiply(A, y, 1.3)
+    torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-9)
+    (g,), (h,) = (torch.autograd.grad(z.square().sum(), K) for z in (found, exact))
+    torch.testing.assert_close(g, h, rtol=1e-8, atol=1e-7)
+    with pytest.raises(OperandError, match="expected a square one"):
+        FirstOrder(torch.ones(2, 3))
 
 
 def test_no_velocity_and_one_column() -> None:

@@ -1,6 +1,7 @@
 """Exponential integrators: e^{tA}v and its relatives, operators of PDEs, and what steps through time with them."""
 
 from .diffusion import Diffusion, Laplacian
+from .first_order import FirstOrder
 from .fourier import Fourier, laplacian_symbol
 from .grid import Grid
 from .phi import phi_multiply
@@ -10,6 +11,7 @@ from .wave import wave_multiply
 __all__ = [
     "Advection",
     "Diffusion",
+    "FirstOrder",
     "Fourier",
     "Grid",
     "Hamiltonian",

@@ -24,7 +24,7 @@ from .scalar import ScalarFunction
 
 Product = Callable[[Tensor], Tensor]
 PSD_ROUNDING = 1e3  # in units of eps·‖A‖: negative Ritz values that a positive semidefinite operator may show
-FIRST = 8  # adaptive depth: steps before the first look at the error
+FIRST = 4  # adaptive depth: steps before the first look at the error
 ROOM = 2**26  # bytes of a basis that are set aside at once; larger ones grow by copies
 
 
