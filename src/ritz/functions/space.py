@@ -208,7 +208,7 @@ def _more(k: int, error: float, before: tuple[int, float] | None, rtol: float) -
     """Steps until the next look: what the decay since the last one asks for, at least 2 and at most half of k."""
     most = max(2, k // 2)
     if before is None or not error < before[1] < math.inf or error > 0.3:
-        return min(most, max(2, k // 4))
+        return most
     rate = math.log(before[1] / error) / (k - before[0])
     return max(2, min(most, math.ceil(math.log(error / rtol) / rate)))
 
@@ -235,22 +235,36 @@ def error_estimate(space: Space, functions: Sequence[ScalarFunction]) -> Tensor:
     this estimate, its value with the square.
     """
     k = space.basis.shape[1]
-    length = torch.linalg.vector_norm(space.state.residual, dim=1).double()
-    exhausted = (space.state.depth < k) | (length == 0)
-    worst = torch.zeros_like(length)
+    depths, length = space.state.depth.tolist(), torch.linalg.vector_norm(space.state.residual, dim=1).tolist()
+    exhausted = [d < k or r == 0 for d, r in zip(depths, length, strict=True)]
+    worst = [0.0] * len(depths)
     for f in functions:
         try:
-            c = space.small(f)
+            rows = space.small(f).abs().tolist()  # short lists: arithmetic in Python costs less than calls to torch
         except DomainError:  # may mend at a larger depth; the final space is checked by the caller
-            return torch.where(exhausted, torch.zeros_like(length), torch.full_like(length, torch.inf))
-        size = torch.linalg.vector_norm(c, dim=1).clamp(min=torch.finfo(torch.float64).tiny)
-        tail = torch.linalg.vector_norm(c[:, -2:], dim=1) / size
-        if k >= 6:
-            middle = torch.linalg.vector_norm(c[:, k // 2 - 1 : k // 2 + 1], dim=1) / size
-            rate = (tail / middle.clamp(min=torch.finfo(torch.float64).tiny)) ** (1 / (k - k // 2))
-            tail = tail / (1 - rate.clamp(max=0.95))
-        worst = torch.maximum(worst, torch.nan_to_num(tail, nan=torch.inf))
-    return torch.where(exhausted, torch.zeros_like(worst), worst)
+            worst = [math.inf] * len(depths)
+            break
+        worst = [max(w, _tail(c)) for w, c in zip(worst, rows, strict=True)]
+    error = [0.0 if done else w for done, w in zip(exhausted, worst, strict=True)]
+    return torch.tensor(error, dtype=torch.float64, device=space.basis.device)
+
+
+def _tail(c: list[float]) -> float:
+    """The size of what follows coefficients of these moduli, relative to all of them."""
+    k, tiny = len(c), torch.finfo(torch.float64).tiny
+    if not all(map(math.isfinite, c)):
+        return math.inf
+    largest = max(c)
+    if largest == 0:
+        return 0.0
+    c = [x / largest for x in c]
+    size = math.sqrt(sum(x * x for x in c))
+    tail = math.hypot(*c[-2:]) / size
+    if k >= 6:
+        middle = math.hypot(*c[k // 2 - 1 : k // 2 + 1]) / size
+        rate = (tail / max(middle, tiny)) ** (1 / (k - k // 2))
+        tail = tail / (1 - min(rate, 0.95))
+    return tail
 
 
 def check_psd(A: LinearOperator, space: Space, info: Info, on_failure: OnFailure) -> None:

@@ -6,11 +6,14 @@ Derivation of the adjoint: docs/derivations/lanczos.md.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..numerics import in_transform
+from . import one
 from .adjoint import Product, adjoint_orthonormal, guarded, mask_rows, real_dots, start_gradient
 from .orthogonalize import basis_of, columns, dots, norms, project_out, safe_norms
 from .progress import progress
@@ -62,6 +65,8 @@ def run_lanczos(
     if k <= first:
         raise ValueError(f"k = {k} steps were asked for; expected k >= {first + 1}")
     Q = basis_of(V, k, room, None if state is None else state.Q)
+    if one.fits(V) and not in_transform():
+        return _run_one(matmat, V, Q, first, reorthogonalize, state)
     if state is None:
         W, norm = V.mT, safe_norms(V.mT)
         run = progress(norm)
@@ -94,12 +99,34 @@ def run_lanczos(
     return LanczosState(Q, alpha, beta, W, norm, depth)
 
 
+def _run_one(
+    matmat: Product, V: Tensor, Q: Tensor, first: int, reorthogonalize: bool, state: LanczosState | None
+) -> LanczosState:
+    k = Q.shape[1]
+    if state is None:
+        norm = safe_norms(V.mT)
+        if not math.isfinite(norm.item()):
+            progress(norm).history(norm, 0, 0)  # raises
+        w, length, largest = V[:, 0], norm.item(), 0.0
+    else:
+        w, norm, length = state.residual[0], state.norm, state.beta[0, -1].item()
+        largest = (state.alpha.abs() + state.beta).max().item()
+    w, a, b = one.lanczos_steps(matmat, Q[0], first, w, length, largest, reorthogonalize=reorthogonalize)
+    depth = len(a)
+    missing = k - first - depth
+    if state is not None:
+        a, b, depth = state.alpha[0].tolist() + a, state.beta[0].tolist() + b, int(state.depth) + depth
+    if missing:
+        Q[:, k - missing :] = 0
+        a, b = a + [a[0] if a else 0.0] * missing, b + [0.0] * missing
+    if not b[-1] > 0:
+        w = torch.zeros_like(w)
+    alpha, beta = (torch.tensor([x], dtype=V.dtype) for x in (a, b))
+    return LanczosState(Q, alpha, beta, w.unsqueeze(0), norm, torch.tensor([depth]))
+
+
 def _three_term(q: Tensor, before: Tensor | None, W: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """The plain recurrence: w ← A q_j − β_{j−1} q_{j−1}, α_j = Re q_jᴴ w, w ← w − α_j q_j. Returns w and α_j (m,)."""
-    if W.shape[0] == 1 and W.device.type == "cpu" and not W.is_complex():  # scalars from Python: half the time
-        w = W[0].clone() if before is None else torch.sub(W[0], before[0], alpha=beta.item())
-        alpha = torch.dot(q[0], w)
-        return w.sub_(q[0], alpha=alpha.item()).unsqueeze(0), alpha.unsqueeze(0)
     if before is not None:
         W = torch.addcmul(W, before, beta.unsqueeze(1).to(W.dtype), value=-1)
     alpha = dots(q, W)

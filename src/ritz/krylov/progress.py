@@ -87,11 +87,7 @@ class Progress:
         # A length was multiplied by the mask, and NaN·0 and Inf·0 are both NaN: nothing is hidden here.
         finite = torch.isfinite(sizes + lengths)
         if not bool(finite.all()):
-            step = first + 1 + int((~finite).any(0).nonzero()[0])
-            raise NonFiniteError(
-                f"the product with A returned NaN or Inf in step {step} of the Krylov iteration; expected finite "
-                "numbers: check the operator's data, and its product with a random vector"
-            )
+            raise not_finite(first + 1 + int((~finite).any(0).nonzero()[0]))
         return sizes, lengths
 
 
@@ -134,6 +130,14 @@ class HostProgress(Progress):
         self.length = length if self._all else length * self.live
         self.sizes.append(size)
         self.lengths.append(self.length)
+
+
+def not_finite(step: int) -> NonFiniteError:
+    """The error of a product with NaN or Inf."""
+    return NonFiniteError(
+        f"the product with A returned NaN or Inf in step {step} of the Krylov iteration; expected finite numbers: "
+        "check the operator's data, and its product with a random vector"
+    )
 
 
 def progress(length: Tensor, largest: Tensor | None = None) -> Progress:

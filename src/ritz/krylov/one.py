@@ -1,0 +1,70 @@
+"""The Lanczos loop of a single real vector on the CPU, where every call from Python is felt.
+
+The same recurrence and the same numbers as the general loop, up to the order of a sum: half as many tensor operations,
+scalars as Python numbers. A step on n = 16 384 is a few products' worth of overhead otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .adjoint import Product
+from .orthogonalize import SHORT
+from .progress import BREAKDOWN, not_finite
+
+
+class Steps(NamedTuple):
+    """What a loop found: the last residual (n,), and a number α and β for every step; β is zero where it broke down."""
+
+    residual: Tensor
+    alpha: list[float]
+    beta: list[float]
+
+
+def fits(V: Tensor) -> bool:
+    """Whether V is what this loop is for."""
+    return V.shape[1] == 1 and V.device.type == "cpu" and V.dtype in (torch.float32, torch.float64)
+
+
+def lanczos_steps(
+    matmat: Product, Q: Tensor, first: int, w: Tensor, length: float, largest: float, *, reorthogonalize: bool
+) -> Steps:
+    """Fill Q (k, n) from row ``first`` on; ``w`` is the residual before, of norm ``length``, and ‖A‖ ≥ ``largest``."""
+    rows, tol = Q.unbind(0), BREAKDOWN * torch.finfo(Q.dtype).eps
+    alpha: list[float] = []
+    beta: list[float] = []
+    for j in range(first, Q.shape[0]):
+        if not length > 0:
+            break
+        q = rows[j]
+        torch.div(w, length, out=q)
+        w = matmat(q.unsqueeze(1)).squeeze(1)
+        w = torch.sub(w, rows[j - 1], alpha=length) if j else w.clone()
+        a = torch.dot(q, w).item()
+        w.sub_(q, alpha=a)
+        if reorthogonalize:  # the second pass of "twice is enough": the recurrence was the first
+            basis = Q[: j + 1]
+            c = torch.mv(basis, w)
+            w.addmv_(basis.t(), c, alpha=-1)
+            a += c[j].item()
+        b = norm(w)
+        if not math.isfinite(a + b):
+            raise not_finite(j + 1)
+        largest = max(largest, abs(a) + b)
+        length = b if b > tol * largest else 0.0
+        alpha.append(a)
+        beta.append(length)
+    return Steps(w, alpha, beta)
+
+
+def norm(w: Tensor) -> float:
+    """‖w‖; by one dot product where squares neither over- nor underflow and float32 sums them well."""
+    if w.dtype == torch.float64 or w.shape[0] <= SHORT:
+        square = torch.dot(w, w).item()
+        if 1e-25 < square < 1e25:
+            return math.sqrt(square)
+    return torch.linalg.vector_norm(w, dtype=torch.float64).item()
