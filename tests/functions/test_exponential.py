@@ -355,3 +355,12 @@ def test_waves_are_for_positive_operators() -> None:
     with pytest.raises(DomainError, match="expected a positive semidefinite one"):
         Wave(0, 1.0).check_domain(torch.tensor([-1.0, 2.0], dtype=torch.float64))
     assert math.isclose(float(Wave(0, 1.0)(torch.tensor(-1e-9, dtype=torch.float64))), 1.0)
+
+
+def test_backward_reports_what_it_misses() -> None:
+    _, S, v = problem(False)
+    A = ritz.aslinearoperator(S)
+    rule = ritz.Frechet(method=ritz.Arnoldi(max_matvecs=3))
+    y = ritz.expm_multiply(A, v, 1.0, method=ritz.Arnoldi(max_matvecs=14), gradient=rule)
+    with pytest.warns(ritz.ConvergenceWarning, match=r"backward of f\(A\)v: step limit reached"):
+        y.sum().backward()

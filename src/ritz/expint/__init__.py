@@ -9,8 +9,8 @@ from .interpolate import DenseOutput
 from .odeint import OdeInfo, odeint
 from .phi import phi_multiply
 from .segments import Checkpoints
-from .steppers import ETDRK4, EXPRB43, EXPRB53, ExponentialEuler
 from .stencils import Advection, Hamiltonian, WaveOperator
+from .steppers import ETDRK4, EXPRB43, EXPRB53, ExponentialEuler
 from .wave import wave_multiply
 
 __all__ = [

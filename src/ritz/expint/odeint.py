@@ -68,7 +68,8 @@ def odeint(
     not needed; where a stiff A is known, giving it keeps its fast products. ETDRK4 and exponential Euler keep A alone.
 
     Args:
-        func: (t, y) -> y' with t of no dimension and y like y0; a callable or nn.Module, or None for y' = A y.
+        func: (t, y) -> y' with t of no dimension and y like y0; a callable or nn.Module, or None for y' = A y,
+            which ``ritz.expm_multiply`` solves at all times at once, whatever the method.
         y0: tensor of any shape, or a tuple (dict, list) of tensors, then func returns such a one.
         t: (T,), strictly increasing or strictly decreasing.
         linear: A, an operator or what ``ritz.aslinearoperator`` takes, (n, n) on the flattened y.

@@ -327,7 +327,16 @@ def _walk(
         leg = _Leg(grid, ray, done, here, rtol, torch.is_grad_enabled())
         share = replace(method, rtol=max(rtol * (total - here) / total, 1e-15))
         outs, info = multiply(
-            [Exp(leg.numbers()[-1])], A, block, None, share, gradient, "ignore", refine=leg.refine, keep=keep
+            [Exp(leg.numbers()[-1])],
+            A,
+            block,
+            None,
+            share,
+            gradient,
+            on_failure,
+            refine=leg.refine,
+            keep=keep,
+            quiet=True,
         )
         infos.append(info)
         if split:
