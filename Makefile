@@ -12,7 +12,7 @@ BENCH_STAMP := $(BENCH)/.ritz-installed
 # One thread per test process: the tests are many and small, so threads only get into each other's way.
 RUN_TESTS := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest
 
-.PHONY: help venv test test-all demo lint types doctest examples bench-env bench bench-gp bench-optim bench-curvature bench-laplace clean
+.PHONY: help venv test test-all demo lint types doctest examples bench-env bench bench-gp bench-optim bench-curvature bench-laplace bench-pde clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,6 +81,9 @@ bench-curvature: $(BENCH_STAMP)  ## products and evidence of networks' curvature
 
 bench-laplace: $(BENCH_STAMP)  ## calibrated networks on six sets against their peers, about two hours
 	$(BENCH)/bin/python benchmarks/laplace_study.py
+
+bench-pde: $(BENCH_STAMP)  ## value and gradient through PDEs against ODE solvers, about an hour
+	$(BENCH)/bin/python benchmarks/pde.py
 
 clean:  ## remove environments, caches and built files
 	rm -rf $(VENV) $(BENCH) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
