@@ -8,7 +8,7 @@ product is wasted, and the depth adapts to A. Every substep is differentiated by
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -200,7 +200,7 @@ def _evaluate(
         outs, info = _walk(A, V, grid, ray, method, gradient, on_failure, keep)
         found |= outs
         infos.append(info)
-    return _with_zeros(A, V, grid, numbers, found), Joined.of([i for info in infos for i in info.parts])
+    return _with_zeros(A, V, grid, numbers, found), Joined([i for info in infos for i in info.parts])
 
 
 def _with_zeros(
@@ -243,28 +243,31 @@ def _rays(numbers: Sequence[complex | float]) -> list[_Ray]:
     return rays
 
 
-@dataclass
 class Joined(Info):
     """The report of several substeps; its ``backward`` is the sum of theirs, once they have run."""
 
-    parts: list[Info] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, parts: list[Info]) -> Joined:
-        worst = next((p.status for p in parts if not p.status.success), parts[-1].status)
+    def __init__(self, parts: list[Info]) -> None:
+        self.parts = parts
         each = [p.residual for p in parts if p.residual is not None]
         m = min((r.numel() for r in each), default=0)
         residual = torch.stack([r.reshape(-1, m).amax(0) for r in each]).sum(0) if m else parts[0].residual
-        return cls(
-            parts[0].method, sum(p.num_matvecs for p in parts), max(p.depth for p in parts), residual,
-            status=worst, details={"substeps": len(parts)}, parts=parts,
-        )  # fmt: skip
+        super().__init__(
+            parts[0].method,
+            sum(p.num_matvecs for p in parts),
+            max(p.depth for p in parts),
+            residual,
+            status=next((p.status for p in parts if not p.status.success), parts[-1].status),
+            details={"substeps": len(parts)},
+        )
 
-    def __getattribute__(self, name: str) -> Any:
-        if name == "backward":
-            behind = [p.backward for p in self.parts if p.backward is not None]
-            return Joined.of(behind) if behind else None
-        return super().__getattribute__(name)
+    @property
+    def backward(self) -> Info | None:  # type: ignore[override]
+        behind = [p.backward for p in self.parts if p.backward is not None]
+        return Joined(behind) if behind else None
+
+    @backward.setter
+    def backward(self, _: Info | None) -> None:
+        """Set by the base class to None; what the substeps say counts."""
 
 
 @dataclass
@@ -346,7 +349,7 @@ def _walk(
         done, here, state = leg.reached, leg.end, outs[-1]
         if not info.status.success:
             break
-    joined = Joined.of(infos)
+    joined = Joined(infos)
     report(joined, what="e^{tA}v", target=rtol, on_failure=on_failure)
     return found, joined
 
