@@ -1,0 +1,170 @@
+"""ritz on the problems of `_pde_problems`: value and gradient by Krylov spaces.
+
+    python benchmarks/_pde_ritz.py --quick
+
+Products are columns that go through A or its transpose, forward and in backward (`info.num_matvecs`); the pairing that
+ends a backward pass is counted apart, in columns: it is one narrow block product with the derivative of A.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import _pde_problems as pde
+import torch
+from _pde_problems import Problem, Setting
+from torch import Tensor
+
+import ritz
+from ritz.expint import Diffusion, FirstOrder, Grid, Hamiltonian, Laplacian, WaveOperator, wave_multiply
+
+CONTESTANT = "ritz"
+
+
+def krylov(setting: Setting, kind: type) -> Any:
+    return kind(rtol=setting.rtol, max_matvecs=600, reorthogonalize=setting.method.startswith("Arnoldi"))
+
+
+def wave_symmetric(problem: Problem, theta: Tensor, setting: Setting) -> tuple[Tensor, list[Any]]:
+    """u = C w, w'' = −S w with S = C(−Δ)C: Lanczos on half the vector length."""
+    grid = Grid((problem.N, problem.N), spacing=problem.h, border="neumann")
+    c = theta.reshape(-1)
+    pair, info = wave_multiply(
+        WaveOperator(theta, grid),
+        problem.y0[0].reshape(-1) / c,
+        problem.y0[1].reshape(-1) / c if bool(problem.y0[1].any()) else None,
+        problem.t,
+        method=krylov(setting, ritz.Lanczos),
+        return_info=True,
+    )
+    return (c * pair[0]).reshape(1, problem.N, problem.N), [info]
+
+
+def wave_operator(problem: Problem, theta: Tensor) -> ritz.LinearOperator:
+    """(u, v)' = (v, c²Δu)."""
+    grid = Grid((problem.N, problem.N), spacing=problem.h, border="neumann")
+    return FirstOrder(ritz.operators.Diagonal((theta * theta).reshape(-1)) @ Laplacian(grid, dtype=theta.dtype))
+
+
+def wave_system(problem: Problem, theta: Tensor, setting: Setting) -> tuple[Tensor, list[Any]]:
+    """The system as it stands: Arnoldi, in substeps where that is cheaper than a long orthogonalisation."""
+    A = wave_operator(problem, theta)
+    method = replace(krylov(setting, ritz.Arnoldi), max_matvecs=setting.order or 600)
+    y, info = ritz.expm_multiply(A, problem.y0.reshape(-1), problem.t, method=method, return_info=True)
+    return y.reshape(2, problem.N, problem.N)[:1], [info]
+
+
+def heat(problem: Problem, theta: Tensor, setting: Setting) -> tuple[Tensor, list[Any]]:
+    grid = Grid((problem.N, problem.N), spacing=problem.h, border="dirichlet")
+    A = Diffusion(theta, grid)
+    method: Any = krylov(setting, ritz.Lanczos)
+    if setting.method == "shift and invert":
+        method = ritz.ShiftInvert(krylov=ritz.Lanczos(rtol=setting.rtol))
+    elif setting.method == "Chebyshev":
+        method = ritz.Chebyshev(bounds=(-1.01 * problem.high, 0.0), rtol=setting.rtol)
+    y, info = ritz.expm_multiply(A, problem.y0.reshape(-1), problem.t, method=method, return_info=True)
+    return y.reshape(1, problem.N, problem.N), [info]
+
+
+def schrodinger(problem: Problem, theta: Tensor, setting: Setting) -> tuple[Tensor, list[Any]]:
+    grid = Grid((problem.N, problem.N), spacing=problem.h, border="periodic")
+    H = Hamiltonian(theta, grid, dtype=theta.dtype.to_complex())
+    psi = torch.complex(problem.y0[0], problem.y0[1]).reshape(-1)
+    method: Any = krylov(setting, ritz.Lanczos)
+    if setting.method == "Chebyshev":
+        method = ritz.Chebyshev(bounds=(problem.low - 1.0, 1.01 * problem.high), rtol=setting.rtol)
+    y, info = ritz.expm_multiply(H, psi, -1j * problem.t, method=method, return_info=True)
+    return torch.stack([y.real, y.imag]).reshape(2, problem.N, problem.N), [info]
+
+
+ROUTES: dict[str, dict[str, Callable[..., tuple[Tensor, list[Any]]]]] = {
+    "wave": {"symmetric Lanczos": wave_symmetric, "Arnoldi": wave_system},
+    "heat": {"shift and invert": heat, "Lanczos": heat, "Chebyshev": heat},
+    "schrodinger": {"Lanczos": schrodinger, "Chebyshev": schrodinger},
+}
+
+
+def settings(problem: Problem) -> list[Setting]:
+    """Routes; Arnoldi with spaces of a few lengths, of which the fastest is reported."""
+    found = []
+    for route in ROUTES[problem.name.split("-")[0]]:
+        lengths = (15, 25, 40, 600) if route == "Arnoldi" else (None,)
+        found += [Setting(route, "Frechet", rtol=0.0, order=length) for length in lengths]
+    return found
+
+
+def make(problem: Problem, setting: Setting, *, count: bool = True) -> tuple[Callable[[], tuple], dict[str, Any]]:
+    """call() -> (value, observed u(t), gradient) and {"counted", "forward", "backward", "paired"}, by one run."""
+    theta = problem.theta.clone().requires_grad_()
+    route = ROUTES[problem.name.split("-")[0]][setting.method]
+    last: list[Any] = []
+
+    def call() -> tuple[Tensor, Tensor, Tensor]:
+        y, last[:] = route(problem, theta, setting)
+        loss = problem.loss(y)
+        (grad,) = torch.autograd.grad(loss, theta)
+        return loss.detach(), y.detach()[: problem.observed], grad
+
+    info: dict[str, Any] = {"counted": "products with A and its transpose"}
+    if setting.method == "shift and invert":
+        info["counted"] = "solves"
+    if count:
+        call()
+        info["forward"] = sum(i.num_matvecs for i in last)
+        info["backward"] = sum(i.backward.num_matvecs for i in last)
+    return call, info
+
+
+def tune(problem: Problem, reference: Any, target: float = 1e-4) -> list[dict[str, Any]]:
+    """The loosest accurate tolerance of every route, fastest first: setting, errors, ms, counts; last come failures."""
+    found, failed = [], []
+    for start in settings(problem):
+
+        def measure(setting: Setting) -> pde.Errors:
+            try:
+                _, u, grad = make(problem, setting, count=False)[0]()
+            except ritz.RitzError:
+                return float("inf"), float("inf")
+            return pde.errors(u.numpy(), grad.numpy(), reference)
+
+        hit = pde.search(start, measure, target)
+        if hit is None:
+            failed.append({"setting": start, "failed": f"no errors of {target:g} at any tolerance"})
+            continue
+        call, info = make(problem, hit[0])
+        found.append({"setting": hit[0], "errors": hit[1], "ms": pde.best_ms(call)} | info)
+    found.sort(key=lambda row: row["ms"])
+    best: dict[str, dict[str, Any]] = {}
+    for row in found:
+        best.setdefault(row["setting"].method, row)
+    return list(best.values()) + failed
+
+
+def main() -> None:
+    import warnings
+
+    import _pde_reference
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="16 × 16 points")
+    parser.add_argument("--problem", nargs="+", choices=pde.NAMES, default=list(pde.NAMES))
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float64")
+    parser.add_argument("--cache", type=Path, help="folder that keeps the references")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore", ritz.ConvergenceWarning)
+    torch.set_num_threads(1)
+    N = 16 if given.quick else 128
+    for name in given.problem:
+        for scale in pde.scales(name, N):
+            problem = pde.make_problem(name, N, scale, given.dtype)
+            print(f"{problem.title}, {given.dtype}", flush=True)
+            for row in tune(problem, _pde_reference.reference(name, N, scale, given.cache)):
+                print(pde.line(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

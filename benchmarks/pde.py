@@ -1,0 +1,174 @@
+"""Benchmark: value and gradient through linear PDEs, Krylov spaces against ODE solvers.
+
+    python benchmarks/pde.py                                       # all problems, 128 × 128, one thread
+    python benchmarks/pde.py --problem wave --scale 11 --dtype float32 --only ritz torchdiffeq
+    python benchmarks/pde.py --quick                               # 16 × 16: a smoke test
+    python benchmarks/pde.py --redraw benchmarks/results/pde-cpu-DATE.json
+
+Every contestant is tuned to the cheapest setting whose u(t) and gradient are both within 1e-4 of an independent
+reference (`_pde_reference.py`), in a process of its own; then that setting is timed. Work–precision curves are the same
+search at other targets. Products: columns that go through A or Aᵀ, those of the gradient included (a vector–Jacobian
+product of A is one); the pairing that ends ritz's backward pass is one narrow block and not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import _common
+
+CONTESTANTS = ("ritz", "torchdiffeq", "diffrax", "direct")
+MODULES = {
+    "ritz": "_pde_ritz",
+    "torchdiffeq": "_pde_torchdiffeq",
+    "diffrax": "_pde_diffrax",
+    "direct": "_pde_reference",
+}
+TARGET, CURVE = 1e-4, (1e-2, 1e-6, 1e-8)
+DEFAULT = ("wave", "heat", "schrodinger")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--problem", nargs="+", default=list(DEFAULT))
+    parser.add_argument("--scale", type=float, nargs="+", help="t·ρ or ‖tA‖; default: those of the problem")
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "float64"), default=["float64"])
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--curve", nargs="*", default=["wave"], help="problems with work–precision curves")
+    parser.add_argument("--quick", action="store_true", help="16 × 16 points")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds for one contestant on one problem")
+    parser.add_argument("--cache", type=Path, help="folder that keeps the references")
+    parser.add_argument("--output", type=Path, default=_common.HERE / "results")
+    parser.add_argument("--name", help="stem of the result files (default pde-cpu-DATE)")
+    parser.add_argument("--resume", type=Path, metavar="JSON", help="go on with a run that was cut off")
+    parser.add_argument("--redraw", type=Path, metavar="JSON", help="only the table and the figures of a finished run")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def worker(task: dict[str, Any]) -> None:
+    """Tune and time one contestant on one problem; prints JSON."""
+    warnings.simplefilter("ignore")
+    if task["contestant"] != "diffrax":
+        import torch
+
+        torch.set_num_threads(1)
+    else:
+        _common.pin_cores(1)
+    import _pde_problems as pde
+    import _pde_reference
+
+    module = importlib.import_module(MODULES[task["contestant"]])
+    name, N, scale, dtype = task["problem"], task["N"], task["scale"], task["dtype"]
+    library = "torch" if task["contestant"] in ("ritz", "torchdiffeq") else "numpy"
+    problem = pde.make_problem(name, N, scale, dtype, library)
+    if "memory" in task:
+        setting = pde.Setting(**task["memory"])
+        small = pde.make_problem(name, 8, 1.0, dtype, library)
+        module.make(small, setting)[0]()  # code and pools are not the method's
+        call, _ = module.make(problem, setting)
+        print(json.dumps({"peak_bytes": _common.peak_memory(call)}))
+        return
+    reference = _pde_reference.reference(name, N, scale, task["cache"])
+    rows = module.tune(problem, reference, task["target"])
+    for row in rows:
+        if "ms" in row:
+            samples = _common.measure(module.make(problem, row["setting"])[0], max_time=8.0)
+            row["ms"], row["runs"] = 1e3 * statistics.median(samples), len(samples)
+        row["label"], row["setting"] = row["setting"].label, asdict(row["setting"])
+    print(json.dumps({"rows": rows, "reference": reference.how}))
+
+
+def call_worker(task: dict[str, Any], limit: float) -> dict[str, Any]:
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), "--worker", json.dumps(task)]
+    environment = os.environ | _common.thread_variables(1)
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"rows": [{"label": task["contestant"], "failed": f"not tuned within {limit:g} s"}]}
+    if done.returncode:
+        return {"rows": [{"label": task["contestant"], "failed": done.stderr.strip().splitlines()[-1][:300]}]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def tasks(options: argparse.Namespace) -> list[dict[str, Any]]:
+    import _pde_problems as pde
+
+    N, found = 16 if options.quick else 128, []
+    for name in options.problem:
+        scales = options.scale or pde.scales(name, N)
+        for scale in scales:
+            for dtype in options.dtype:
+                targets = [TARGET]
+                if name in options.curve and scale == scales[len(scales) // 2] and dtype == "float64":
+                    targets += CURVE
+                for target in targets:
+                    for contestant in options.only:
+                        if contestant == "direct" and not name.startswith("heat"):
+                            continue
+                        cache = str(options.cache) if options.cache else None
+                        found.append(
+                            {"problem": name, "N": N, "scale": scale, "dtype": dtype, "target": target}
+                            | {"contestant": contestant, "cache": cache}
+                        )
+    return found
+
+
+KEY = ("problem", "N", "scale", "dtype", "target", "contestant")
+
+
+def main() -> int:
+    options = arguments()
+    if options.worker:
+        worker(json.loads(options.worker))
+        return 0
+    from _pde_report import figures, markdown
+
+    if options.redraw or options.resume:
+        path = options.redraw or options.resume
+        result = json.loads(path.read_text())
+    else:
+        environment = _common.environment(1, "cpu")
+        for name in ("torchdiffeq", "diffrax"):
+            environment["versions"][name] = _common.metadata.version(name)
+        path = options.output / f"{options.name or 'pde-cpu-' + environment['date']}.json"
+        result = {"environment": environment, "records": []}
+    if not options.redraw:
+        import tempfile
+
+        options.cache = options.cache or Path(tempfile.mkdtemp())
+        done = {tuple(r[k] for k in KEY) for r in result["records"]}
+        began = time.monotonic()
+        for task in tasks(options):
+            if tuple(task[k] for k in KEY) in done:
+                continue
+            record = {k: task[k] for k in KEY} | call_worker(task, options.limit)
+            good = [row for row in record["rows"] if "ms" in row]
+            if good and task["target"] == TARGET and task["contestant"] in ("ritz", "torchdiffeq"):
+                for row in good if task["contestant"] == "ritz" else good[:1]:
+                    row |= call_worker(task | {"memory": row["setting"]}, options.limit)
+            result["records"].append(record)
+            _common.write_json(path, result)
+            best = f"{good[0]['label']}: {good[0]['ms']:.2f} ms" if good else record["rows"][0].get("failed", "nothing")
+            where = f"{task['problem']} {task['scale']:g} {task['dtype']} {task['target']:g}"
+            print(f"{time.monotonic() - began:6.0f} s  {where}, {task['contestant']}: {best}", flush=True)
+    table = markdown(result)
+    path.with_suffix(".md").write_text(table)
+    figures(result, path)
+    print("\n" + table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
