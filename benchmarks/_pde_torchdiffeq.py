@@ -275,7 +275,7 @@ def settings(problem: Problem) -> list[Setting]:
     times as long per product (minutes per gradient at N = 128); ask for them by `choices`.
     """
     if problem.kind == "heat":
-        fixed = [Setting(m, "checkpoint", steps=1, segments=64) for m in ("euler", "midpoint", "rk4")]
+        fixed = [Setting(m, "checkpoint", steps=1, segments=64) for m in ("midpoint", "rk4", "euler")]
         return [*fixed, Setting("rk4", "adjoint", steps=1)]
     methods = ("dopri8", "rk4", "dopri5")
     fixed = [Setting(m, g, steps=1) for m in methods for g in ("backprop", "adjoint")]
