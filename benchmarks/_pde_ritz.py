@@ -26,39 +26,49 @@ CONTESTANT = "ritz"
 
 
 def krylov(setting: Setting, kind: type) -> Any:
-    return kind(rtol=setting.rtol, max_matvecs=600, reorthogonalize=setting.method.startswith("Arnoldi"))
+    return kind(rtol=setting.rtol, max_matvecs=600, reorthogonalize=False)
 
 
-def wave_symmetric(problem: Problem, theta: Tensor, setting: Setting) -> tuple[Tensor, list[Any]]:
+Route = Callable[[], tuple[Tensor, Any]]  # the observed state, and the report of its computation
+
+
+def wave_symmetric(problem: Problem, theta: Tensor, setting: Setting) -> Route:
     """u = C w, w'' = −S w with S = C(−Δ)C: Lanczos on half the vector length."""
-    grid = Grid((problem.N, problem.N), spacing=problem.h, border="neumann")
-    c = theta.reshape(-1)
-    pair, info = wave_multiply(
-        WaveOperator(theta, grid),
-        problem.y0[0].reshape(-1) / c,
-        problem.y0[1].reshape(-1) / c if bool(problem.y0[1].any()) else None,
-        problem.t,
-        method=krylov(setting, ritz.Lanczos),
-        return_info=True,
-    )
-    return (c * pair[0]).reshape(1, problem.N, problem.N), [info]
+    S = WaveOperator(theta, Grid((problem.N, problem.N), spacing=problem.h, border="neumann"))
+    moves, method = bool(problem.y0[1].any()), krylov(setting, ritz.Lanczos)
+
+    def solve() -> tuple[Tensor, Any]:
+        c = theta.reshape(-1)
+        u0, v0 = problem.y0[0].reshape(-1) / c, problem.y0[1].reshape(-1) / c if moves else None
+        pair, info = wave_multiply(S, u0, v0, problem.t, method=method, return_info=True)
+        return (c * pair[0]).reshape(1, problem.N, problem.N), info
+
+    return solve
 
 
-def wave_operator(problem: Problem, theta: Tensor) -> ritz.LinearOperator:
+def neumann(problem: Problem) -> ritz.LinearOperator:
+    return Laplacian(Grid((problem.N, problem.N), spacing=problem.h, border="neumann"), dtype=problem.theta.dtype)
+
+
+def wave_operator(theta: Tensor, laplacian: ritz.LinearOperator) -> ritz.LinearOperator:
     """(u, v)' = (v, c²Δu)."""
-    grid = Grid((problem.N, problem.N), spacing=problem.h, border="neumann")
-    return FirstOrder(ritz.operators.Diagonal((theta * theta).reshape(-1)) @ Laplacian(grid, dtype=theta.dtype))
+    return FirstOrder(ritz.operators.Diagonal((theta * theta).reshape(-1)) @ laplacian)
 
 
-def wave_system(problem: Problem, theta: Tensor, setting: Setting) -> tuple[Tensor, list[Any]]:
+def wave_system(problem: Problem, theta: Tensor, setting: Setting) -> Route:
     """The system as it stands: Arnoldi, in substeps where that is cheaper than a long orthogonalisation."""
-    A = wave_operator(problem, theta)
     method = replace(krylov(setting, ritz.Arnoldi), max_matvecs=setting.order or 600)
-    y, info = ritz.expm_multiply(A, problem.y0.reshape(-1), problem.t, method=method, return_info=True)
-    return y.reshape(2, problem.N, problem.N)[:1], [info]
+    laplacian = neumann(problem)
+
+    def solve() -> tuple[Tensor, Any]:
+        A = wave_operator(theta, laplacian)
+        y, info = ritz.expm_multiply(A, problem.y0.reshape(-1), problem.t, method=method, return_info=True)
+        return y.reshape(2, problem.N, problem.N)[:1], info
+
+    return solve
 
 
-def heat(problem: Problem, theta: Tensor, setting: Setting) -> tuple[Tensor, list[Any]]:
+def heat(problem: Problem, theta: Tensor, setting: Setting) -> Route:
     grid = Grid((problem.N, problem.N), spacing=problem.h, border="dirichlet")
     A = Diffusion(theta, grid)
     method: Any = krylov(setting, ritz.Lanczos)
@@ -66,22 +76,30 @@ def heat(problem: Problem, theta: Tensor, setting: Setting) -> tuple[Tensor, lis
         method = ritz.ShiftInvert(krylov=ritz.Lanczos(rtol=setting.rtol))
     elif setting.method == "Chebyshev":
         method = ritz.Chebyshev(bounds=(-1.01 * problem.high, 0.0), rtol=setting.rtol)
-    y, info = ritz.expm_multiply(A, problem.y0.reshape(-1), problem.t, method=method, return_info=True)
-    return y.reshape(1, problem.N, problem.N), [info]
+
+    def solve() -> tuple[Tensor, Any]:
+        y, info = ritz.expm_multiply(A, problem.y0.reshape(-1), problem.t, method=method, return_info=True)
+        return y.reshape(1, problem.N, problem.N), info
+
+    return solve
 
 
-def schrodinger(problem: Problem, theta: Tensor, setting: Setting) -> tuple[Tensor, list[Any]]:
+def schrodinger(problem: Problem, theta: Tensor, setting: Setting) -> Route:
     grid = Grid((problem.N, problem.N), spacing=problem.h, border="periodic")
     H = Hamiltonian(theta, grid, dtype=theta.dtype.to_complex())
     psi = torch.complex(problem.y0[0], problem.y0[1]).reshape(-1)
     method: Any = krylov(setting, ritz.Lanczos)
     if setting.method == "Chebyshev":
         method = ritz.Chebyshev(bounds=(problem.low - 1.0, 1.01 * problem.high), rtol=setting.rtol)
-    y, info = ritz.expm_multiply(H, psi, -1j * problem.t, method=method, return_info=True)
-    return torch.stack([y.real, y.imag]).reshape(2, problem.N, problem.N), [info]
+
+    def solve() -> tuple[Tensor, Any]:
+        y, info = ritz.expm_multiply(H, psi, -1j * problem.t, method=method, return_info=True)
+        return torch.stack([y.real, y.imag]).reshape(2, problem.N, problem.N), info
+
+    return solve
 
 
-ROUTES: dict[str, dict[str, Callable[..., tuple[Tensor, list[Any]]]]] = {
+ROUTES: dict[str, dict[str, Callable[[Problem, Tensor, Setting], Route]]] = {
     "wave": {"symmetric Lanczos": wave_symmetric, "Arnoldi": wave_system},
     "heat": {"shift and invert": heat, "Lanczos": heat, "Chebyshev": heat},
     "schrodinger": {"Lanczos": schrodinger, "Chebyshev": schrodinger},
@@ -98,13 +116,18 @@ def settings(problem: Problem) -> list[Setting]:
 
 
 def make(problem: Problem, setting: Setting, *, count: bool = True) -> tuple[Callable[[], tuple], dict[str, Any]]:
-    """call() -> (value, observed u(t), gradient) and {"counted", "forward", "backward", "paired"}, by one run."""
+    """call() -> (value, observed u(t), gradient) and {"counted", "forward", "backward"}, by one run.
+
+    Operators are made once and θ is changed in place, as in training: what depends on θ is made anew in every call.
+    """
     theta = problem.theta.clone().requires_grad_()
-    route = ROUTES[problem.name.split("-")[0]][setting.method]
+    solve = ROUTES[problem.name.split("-")[0]][setting.method](problem, theta, setting)
     last: list[Any] = []
 
     def call() -> tuple[Tensor, Tensor, Tensor]:
-        y, last[:] = route(problem, theta, setting)
+        theta.detach().mul_(1.0)
+        y, info = solve()
+        last[:] = [info]
         loss = problem.loss(y)
         (grad,) = torch.autograd.grad(loss, theta)
         return loss.detach(), y.detach()[: problem.observed], grad

@@ -32,7 +32,7 @@ def main() -> int:
     import _pde_reference
     import _pde_torchdiffeq
     import torch
-    from _pde_ritz import wave_operator
+    from _pde_ritz import neumann, wave_operator
 
     import ritz
 
@@ -44,7 +44,7 @@ def main() -> int:
         row: dict[str, Any] = {"depth": depth}
         for name, rule in rules.items():
             theta = problem.theta.clone().requires_grad_()
-            A = wave_operator(problem, theta)
+            A = wave_operator(theta, neumann(problem))
             y, info = ritz.expm_multiply(
                 A, problem.y0.reshape(-1), problem.t, method=ritz.Arnoldi(depth), gradient=rule, return_info=True
             )

@@ -28,7 +28,7 @@ from .inputs import as_times
 from .multiply import multiply
 from .scalar import Exp, ScalarFunction
 from .shift_invert import SHARE, OfInverse, ShiftInvert, resolvent
-from .space import Space, check_rule, choose, decompose, error_estimate
+from .space import FIRST, Space, check_rule, choose, decompose, error_estimate, first_look
 
 ExponentialMethod = KrylovMethod | Chebyshev | ShiftInvert
 
@@ -321,7 +321,7 @@ def _walk(
         gradient = replace(gradient, method=deeper)
     found: dict[int, Tensor] = {}
     infos: list[Info] = []
-    here, state, done = 0.0, V, 0
+    here, state, done, first = 0.0, V, 0, FIRST
     while done < len(ray.index):
         # A real operator takes a complex state as two real ones.
         two = state.is_complex() and not A.dtype.is_complex
@@ -340,7 +340,9 @@ def _walk(
             refine=leg.refine,
             keep=keep,
             quiet=True,
+            first=first,
         )
+        first = first_look(info.depth)
         infos.append(info)
         if split:
             m = state.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .adjoint import multiply_by_adjoint
 from .chebyshev import Chebyshev, chebyshev_multiply
 from .scalar import Part, ScalarFunction, as_function
 from .space import (
+    FIRST,
     Space,
     as_hermitian,
     build,
@@ -26,6 +28,7 @@ from .space import (
     check_rule,
     choose,
     combine,
+    first_look,
     info_of,
     smallest,
 )
@@ -92,11 +95,13 @@ def multiply(
     refine: Refine | None = None,
     keep: bool = True,
     quiet: bool = False,
+    first: int = FIRST,
 ) -> tuple[list[Tensor], Info]:
     """f_p(A) V for several functions of one run; ``times`` are the differentiable t_p of f_p = exp(t_p ·).
 
     ``refine`` may choose other functions and times once it has seen the space. ``keep=False`` gives the basis up after
     the forward pass, and builds it again in backward. ``quiet`` leaves the report on the forward pass to the caller.
+    ``first``: steps before the first look at the error.
     """
     chosen = choose(A, method)
     check_rule(gradient, chosen)
@@ -105,7 +110,7 @@ def multiply(
     if isinstance(gradient, Unrolled):
         return unrolled_multiply(functions, A, V, times, chosen)
     with Run(A, V) as run:
-        space, error, status = build(run.matmat, V.detach(), chosen, functions)
+        space, error, status = build(run.matmat, V.detach(), chosen, functions, first)
         if refine is not None:
             functions, times, error, status = refine(space, error, status)
         run.inputs = (V,) if times is None else (V, times)
@@ -122,7 +127,7 @@ def multiply(
             again = (
                 None
                 if keep or not run.bound.deferrable
-                else type(chosen)(space.basis.shape[1], reorthogonalize=chosen.reorthogonalize)
+                else replace(chosen, num_matvecs=space.basis.shape[1])
             )
             rule, blocks = _frechet_rule(
                 run, V.detach() if again else space, functions, times, chosen, gradient, info, on_failure, again
@@ -168,7 +173,7 @@ def _frechet_rule(
             return Cotangents([None], [None, *rest])
         G = torch.cat([g for _, g in parts], dim=1)
         index = torch.arange(m, device=G.device).repeat(len(parts))
-        left, error, status = build(run.adjoint(G.shape[1]), G, backward, [f for f, _ in parts])
+        left, error, status = build(run.adjoint(G.shape[1]), G, backward, [f for f, _ in parts], first_look(space.basis.shape[1]))
         info.backward = info_of(backward, left, error, status, run.num_matvecs - before)
         report(info.backward, what="backward of f(A)v", target=backward.tolerance(basis.dtype), on_failure=on_failure)
         lefts, rights, bars = [], [], torch.zeros_like(G[:, :m])

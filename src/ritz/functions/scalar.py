@@ -49,6 +49,10 @@ class ScalarFunction(ABC):
         """The upper right block of f([[A, E], [0, B]]) for batches of general matrices."""
         return dense.between(self, A, B, E)
 
+    def onset(self, low: float, high: float) -> float:
+        """The degree from which on the polynomials that are best on [low, high] converge; 0 where it is not known."""
+        return 0.0
+
     def in_time(self) -> ScalarFunction:
         """The derivative in t of a function that carries a time t, such as exp(t·x)."""
         raise DomainError(f"{self!r} carries no time; expected exp, a φ-function or a wave of a time t")
@@ -80,6 +84,11 @@ class Exp(ScalarFunction):
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.exp(self.scale * x)
+
+    def onset(self, low: float, high: float) -> float:
+        # The Chebyshev coefficients are Bessel functions of this half-width, J_k or I_k e^{−z}.
+        z = 0.5 * abs(self.scale) * (high - low)
+        return z if isinstance(self.scale, complex) and self.scale.imag else math.sqrt(z)
 
     def divided_difference(self, a: Tensor, b: Tensor) -> Tensor:
         a, b = self.scale * a, self.scale * b
@@ -256,6 +265,9 @@ class Custom(ScalarFunction):
     """Any callable on a tensor of eigenvalues; derivatives by autograd, divided differences by the generic rule."""
 
     fn: Callable[[Tensor], Tensor]
+
+    def __hash__(self) -> int:
+        return id(self.fn)  # a callable may have no hash of its own
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self.fn(x)

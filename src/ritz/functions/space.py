@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from .scalar import ScalarFunction
 Product = Callable[[Tensor], Tensor]
 PSD_ROUNDING = 1e3  # in units of eps·‖A‖: negative Ritz values that a positive semidefinite operator may show
 FIRST = 4  # adaptive depth: steps before the first look at the error
+EARLY = 0.7  # the same as a part of the depth that a similar space needed: the last substep's, the forward pass'
+TINY = torch.finfo(torch.float64).tiny
 ROOM = 2**26  # bytes of a basis that are set aside at once; larger ones grow by copies
 
 
@@ -34,33 +37,50 @@ class HermitianSpace:
 
     state: LanczosState
     ritz: Tensor  # w (m, k)
-    vectors: Tensor  # U (m, k, k)
+    vectors: Tensor  # U (m, k, k), real
+    _known: dict[ScalarFunction, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def basis(self) -> Tensor:
         return self.state.Q
 
-    @property
+    @cached_property
     def first(self) -> Tensor:
         """Components of ‖v‖e₁ in the Ritz vectors, (m, k)."""
         return self.state.norm.to(self.vectors.dtype).unsqueeze(1) * self.vectors[:, 0, :]
+
+    @cached_property
+    def low(self) -> float:
+        """The smallest Ritz value."""
+        return float(self.ritz.min()) if self.ritz.numel() else 0.0
+
+    @cached_property
+    def high(self) -> float:
+        """The largest Ritz value."""
+        return float(self.ritz.max()) if self.ritz.numel() else 0.0
 
     def without_rounding(self) -> HermitianSpace:
         """The space of a positive semidefinite operator: Ritz values that are negative by rounding become zero."""
         if not self.ritz.numel():
             return self
         error = PSD_ROUNDING * torch.finfo(self.basis.dtype).eps * self.ritz.abs().max()
-        return replace(self, ritz=torch.where((self.ritz < 0) & (self.ritz >= -error), 0.0, self.ritz))
+        ritz = torch.where((self.ritz < 0) & (self.ritz >= -error), 0.0, self.ritz)
+        return HermitianSpace(self.state, ritz, self.vectors)
 
     def small(self, f: ScalarFunction) -> Tensor:
-        """‖v‖ f(T) e₁, (m, k)."""
-        return _apply(self.vectors, f(self.ritz) * self.first)
+        """‖v‖ f(T) e₁, (m, k); kept, since the error estimate, the value and the gradient ask for the same."""
+        found = self._known.get(f)
+        if found is None:
+            found = self._known[f] = _apply(self.vectors, f(self.ritz) * self.first)
+        return found
 
     def check_domain(self, functions: Sequence[ScalarFunction]) -> None:
         """Raise DomainError where a Ritz value lies outside of a function's domain."""
         ritz = self.ritz[self.state.depth > 0]
         for f in functions:
             f.check_domain(ritz)
+            if f in self._known and math.isfinite(float(self._known[f].abs().sum())):
+                continue  # it was made of all values
             bad = ~torch.isfinite(f(ritz).abs())
             if bool(bad.any()):
                 worst = ritz[bad].abs().argmax()
@@ -115,16 +135,19 @@ def combine(basis: Tensor, c: Tensor) -> Tensor:
 
 def decompose(state: LanczosState) -> HermitianSpace:
     """Diagonalise T of a Lanczos run, in double precision."""
-    alpha, beta = state.alpha.double(), state.beta[:, :-1].double()
-    alpha = torch.where(state.depth.unsqueeze(1) > 0, alpha, torch.ones_like(alpha))  # zero vector: log 0 · 0
-    T = torch.diag_embed(alpha)
-    if beta.shape[1]:
-        T = T + torch.diag_embed(beta, 1) + torch.diag_embed(beta, -1)
+    m, k = state.alpha.shape
+    T = torch.zeros(m, k, k, dtype=torch.float64, device=state.alpha.device)
+    T.diagonal(0, 1, 2).copy_(state.alpha)
+    T.diagonal(-1, 1, 2).copy_(state.beta[:, :-1])  # eigh reads the lower triangle
+    shortest = int(state.depth.min()) if m else k
+    if shortest == 0:
+        T[state.depth == 0] = torch.eye(k, dtype=T.dtype, device=T.device)  # zero vector: log 0 · 0
     w, U = torch.linalg.eigh(T)
-    # Ritz values without weight belong to the filler past breakdown: put a true one in their place, since f need not
-    # be defined at the filler.
-    first = U[:, 0].abs()
-    w = torch.where(first == 0, w.gather(1, first.argmax(1, keepdim=True)), w)
+    if shortest < k:
+        # Ritz values without weight belong to the filler past breakdown: put a true one in their place, since f need
+        # not be defined at the filler.
+        first = U[:, 0].abs()
+        w = torch.where(first == 0, w.gather(1, first.argmax(1, keepdim=True)), w)
     return HermitianSpace(state, w, U)
 
 
@@ -165,11 +188,13 @@ def build(
     V: Tensor,
     method: Lanczos | Arnoldi,
     functions: Sequence[ScalarFunction],
+    first: int = FIRST,
 ) -> tuple[Space, Tensor, Status]:
     """Grow a Krylov space from every column of V, to a fixed depth or until every f(A)v has converged.
 
     Args:
         functions: those whose convergence an adaptive depth waits for.
+        first: steps before the first look at the error.
 
     Returns:
         The space, the error estimate per column (largest over functions, relative to f(A)v), and the status.
@@ -184,29 +209,40 @@ def build(
     limit = method.max_matvecs
     if method.reorthogonalize or isinstance(method, Arnoldi):
         limit = max(1, min(limit, V.shape[0]))
-    k = min(FIRST, limit)
+    k = min(first, limit)
     room = limit if limit * V.numel() * V.element_size() <= ROOM else 0
     state = run(matmat, V, k, room=room, **options)
     before: tuple[int, float] | None = None
     while True:
         space = _space(state)
-        error = error_estimate(space, functions)
-        if isinstance(space, HermitianSpace) and bool((space.ritz < 0).any()):
+        errors = _errors(space, functions)
+        worst = max(errors, default=0.0)
+        if isinstance(space, HermitianSpace) and space.low < 0:
             space.check_domain(functions)  # the smallest Ritz value only falls with depth: no hope to wait for
-        if bool((error <= rtol).all()):
-            return space, error, _status(space, Status.CONVERGED)
+        if worst <= rtol:
+            return space, _tensor(errors, space), _status(space, Status.CONVERGED)
         if k >= limit:
             full = method.reorthogonalize and limit == V.shape[0]
             done = full or bool((space.state.depth < k).all())
-            return space, error, Status.EXHAUSTED if done else Status.MAX_STEPS
-        worst = float(error.max())
-        k, before = min(limit, k + _more(k, worst, before, rtol)), (k, worst)
+            return space, _tensor(errors, space), Status.EXHAUSTED if done else Status.MAX_STEPS
+        onset = max(f.onset(space.low, space.high) for f in functions) if isinstance(space, HermitianSpace) else 0.0
+        k, before = min(limit, k + _more(k, worst, before, rtol, onset)), (k, worst)
         state = run(matmat, V, k, state=state, room=room, **options)
 
 
-def _more(k: int, error: float, before: tuple[int, float] | None, rtol: float) -> int:
-    """Steps until the next look: what the decay since the last one asks for, at least 2 and at most half of k."""
+def first_look(depth: int) -> int:
+    """Steps before the first look at the error of a space, where one much like it needed this depth."""
+    return max(FIRST, round(EARLY * depth))
+
+
+def _more(k: int, error: float, before: tuple[int, float] | None, rtol: float, onset: float) -> int:
+    """Steps until the next look: what the decay since the last one asks for, at least 2 and at most half of k.
+
+    While nothing has converged, up to ``onset``: of an interval of Ritz values, which only grows.
+    """
     most = max(2, k // 2)
+    if error > 0.3 and onset > k:
+        return min(math.ceil(1.25 * onset) + 2, 4 * k) - k
     if before is None or not error < before[1] < math.inf or error > 0.3:
         return most
     rate = math.log(before[1] / error) / (k - before[0])
@@ -234,9 +270,19 @@ def error_estimate(space: Space, functions: Sequence[ScalarFunction]) -> Tensor:
     coefficient vanishes for even or odd functions of a symmetric spectrum.) A quadratic form's gradient converges with
     this estimate, its value with the square.
     """
+    return _tensor(_errors(space, functions), space)
+
+
+def _tensor(errors: list[float], space: Space) -> Tensor:
+    return torch.tensor(errors, dtype=torch.float64, device=space.basis.device)
+
+
+def _errors(space: Space, functions: Sequence[ScalarFunction]) -> list[float]:
     k = space.basis.shape[1]
-    depths, length = space.state.depth.tolist(), torch.linalg.vector_norm(space.state.residual, dim=1).tolist()
-    exhausted = [d < k or r == 0 for d, r in zip(depths, length, strict=True)]
+    state = space.state
+    left = state.beta[:, -1] if isinstance(state, LanczosState) else state.residual.any(1)
+    depths = state.depth.tolist()
+    exhausted = [d < k or not r for d, r in zip(depths, left.tolist(), strict=True)]
     worst = [0.0] * len(depths)
     for f in functions:
         try:
@@ -245,13 +291,12 @@ def error_estimate(space: Space, functions: Sequence[ScalarFunction]) -> Tensor:
             worst = [math.inf] * len(depths)
             break
         worst = [max(w, _tail(c)) for w, c in zip(worst, rows, strict=True)]
-    error = [0.0 if done else w for done, w in zip(exhausted, worst, strict=True)]
-    return torch.tensor(error, dtype=torch.float64, device=space.basis.device)
+    return [0.0 if done else w for done, w in zip(exhausted, worst, strict=True)]
 
 
 def _tail(c: list[float]) -> float:
     """The size of what follows coefficients of these moduli, relative to all of them."""
-    k, tiny = len(c), torch.finfo(torch.float64).tiny
+    k = len(c)
     if not all(map(math.isfinite, c)):
         return math.inf
     largest = max(c)
@@ -262,7 +307,7 @@ def _tail(c: list[float]) -> float:
     tail = math.hypot(*c[-2:]) / size
     if k >= 6:
         middle = math.hypot(*c[k // 2 - 1 : k // 2 + 1]) / size
-        rate = (tail / max(middle, tiny)) ** (1 / (k - k // 2))
+        rate = (tail / max(middle, TINY)) ** (1 / (k - k // 2))
         tail = tail / (1 - min(rate, 0.95))
     return tail
 

@@ -21,7 +21,7 @@ from ..pairing import Cotangents, Pair, Run
 from ..result import Info, OnFailure, report
 from . import frechet
 from .scalar import ScalarFunction
-from .space import GeneralSpace, HermitianSpace, Space, build, check_psd, combine, info_of, smallest
+from .space import GeneralSpace, HermitianSpace, Space, build, check_psd, combine, first_look, info_of, smallest
 
 Table = Sequence[Sequence[ScalarFunction | None]]
 
@@ -55,13 +55,15 @@ def table_multiply(
         check_psd(A, space, info, on_failure)
         if not run.wants_gradient():
             return values, info
-        rule = _rule(run, space, table, functions, m, t, method, gradient, info, on_failure, what)
+        rule = _rule(run, space, table, m, V.requires_grad, t, method, gradient, info, on_failure, what)
     block = space.basis.reshape(m, J * space.basis.shape[1], n)
     return list(run.attach(values, rule, [block], name=what)), info
 
 
 def select(space: Space, rows: slice) -> Space:
     """The sub-batch of a space."""
+    if rows.indices(space.basis.shape[0]) == (0, space.basis.shape[0], 1):
+        return space
     fields = {f.name: getattr(space.state, f.name)[rows] for f in dataclasses.fields(space.state)}
     if isinstance(space, HermitianSpace):
         return HermitianSpace(LanczosState(**fields), space.ritz[rows], space.vectors[rows])
@@ -71,8 +73,7 @@ def select(space: Space, rows: slice) -> Space:
 def conjugate_small(space: Space, f: ScalarFunction) -> Tensor:
     """‖g‖ f̄(H) e₁ in the space of (Aᴴ, g): the cotangent of v is f(A)ᴴ g = f̄(Aᴴ) g."""
     if isinstance(space, HermitianSpace):
-        c = f(space.ritz).conj() * space.first
-        return (space.vectors.to(c.dtype) @ c.unsqueeze(2)).squeeze(2)
+        return space.small(f).conj().resolve_conj()  # its vectors are real
     conj = space.H.conj().resolve_conj()
     return space.state.norm.to(conj.dtype).unsqueeze(1) * f.matrix(conj)[:, :, 0].conj()
 
@@ -93,8 +94,8 @@ def _rule(
     run: Run,
     space: Space,
     table: Table,
-    functions: list[ScalarFunction],
     m: int,
+    V_wants: bool,
     t: Tensor,
     method: Lanczos | Arnoldi,
     gradient: Frechet,
@@ -110,20 +111,17 @@ def _rule(
         live = [(p, g) for p, g in enumerate(cotangents) if g is not None and bool((g != 0).any())]
         if not live:
             return Cotangents([None], [None, None])
-        t_bar = torch.zeros((), dtype=t.dtype, device=t.device)
-        for p, g in live:
-            slope = _row(space, [None if f is None else f.in_time() for f in table[p]])
-            dot = (slope.conj() * g).sum()
-            t_bar = t_bar + (dot if t.is_complex() else dot.real).to(t.dtype)
+        t_bar = _time_gradient(space, table, t, live) if t.requires_grad else None
         P = len(live)
         G = torch.stack([g for _, g in live], 2).reshape(-1, m * P)
+        functions = list(dict.fromkeys(f for p, _ in live for f in table[p] if f is not None))
         before = run.num_matvecs
-        left, error, status = build(run.adjoint(m * P), G, backward, functions)
+        left, error, status = build(run.adjoint(m * P), G, backward, functions, first_look(k))
         info.backward = info_of(backward, left, error, status, run.num_matvecs - before)
         report(info.backward, what=f"backward of {what}", target=backward.tolerance(G.dtype), on_failure=on_failure)
         ku = left.basis.shape[1]
         X = torch.zeros(m, P * ku, J * k, dtype=torch.float64, device=G.device)
-        V_bar = torch.zeros(basis.shape[2], J, m, dtype=basis.dtype, device=G.device)
+        V_bar = torch.zeros(basis.shape[2], J, m, dtype=basis.dtype, device=G.device) if V_wants else None
         index = torch.arange(m, device=G.device) * J
         for i, (p, _) in enumerate(live):
             some = select(left, slice(i, None, P))
@@ -133,9 +131,20 @@ def _rule(
                 part = frechet.core(some, space, f, index + j)
                 X = X.to(part.dtype)
                 X[:, i * ku : (i + 1) * ku, j * k : (j + 1) * k] = part
-                V_bar[:, j] += combine(some.basis, conjugate_small(some, f))
+                if V_bar is not None:
+                    V_bar[:, j] += combine(some.basis, conjugate_small(some, f))
         low = frechet.compress(X, gradient.tolerance(basis.dtype, smallest(error)))
         Lam = low.left.to(basis.dtype).mT @ left.basis.reshape(m, P * ku, -1)
         return Cotangents([Pair(Lam, low.right)], [V_bar, t_bar])
 
     return rule
+
+
+def _time_gradient(space: Space, table: Table, t: Tensor, live: list[tuple[int, Tensor]]) -> Tensor:
+    """t̄ = Σ_p ⟨∂y_p/∂t, g_p⟩."""
+    total = torch.zeros((), dtype=t.dtype, device=t.device)
+    for p, g in live:
+        slope = _row(space, [None if f is None else f.in_time() for f in table[p]])
+        dot = (slope.conj() * g).sum()
+        total = total + (dot if t.is_complex() else dot.real).to(t.dtype)
+    return total

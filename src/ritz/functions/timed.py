@@ -73,6 +73,9 @@ class Wave(ScalarFunction):
             return torch.cos(p)
         return self.t * _sinc(p) if self.kind == 1 else -x.clamp(min=0) * self.t * _sinc(p)
 
+    def onset(self, low: float, high: float) -> float:
+        return 0.5 * abs(self.t) * math.sqrt(max(high, 0.0))  # J_2k(t√high)
+
     def divided_difference(self, a: Tensor, b: Tensor) -> Tensor:
         a, b, t = a.clamp(min=0), b.clamp(min=0), self.t
         p, q = abs(t) * a.sqrt(), abs(t) * b.sqrt()

@@ -16,7 +16,7 @@ from ..numerics import in_transform
 from . import one
 from .adjoint import Product, adjoint_orthonormal, guarded, mask_rows, real_dots, start_gradient
 from .orthogonalize import basis_of, columns, dots, norms, project_out, safe_norms
-from .progress import progress
+from .progress import bad_start, progress
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,13 @@ def _run_one(
 ) -> LanczosState:
     k = Q.shape[1]
     if state is None:
-        norm = safe_norms(V.mT)
-        if not math.isfinite(norm.item()):
-            progress(norm).history(norm, 0, 0)  # raises
-        w, length, largest = V[:, 0], norm.item(), 0.0
+        w, largest = V[:, 0], 0.0
+        length = one.norm(w)
+        if not 1e-120 < length < 1e120:  # zero, or squares that over- or underflow
+            length = safe_norms(V.mT).item()
+            if not math.isfinite(length):
+                raise bad_start()
+        norm = torch.tensor([length], dtype=V.dtype)
     else:
         w, norm, length = state.residual[0], state.norm, state.beta[0, -1].item()
         largest = (state.alpha.abs() + state.beta).max().item()

@@ -80,7 +80,7 @@ class Progress:
         Raises NonFiniteError naming the first step whose numbers are NaN or Inf; ``first`` steps were done before.
         """
         if not bool(torch.isfinite(norm).all()):
-            raise NonFiniteError("a starting vector has NaN or Inf, or its norm overflows; expected finite numbers")
+            raise bad_start()
         zero = torch.zeros_like(norm)
         sizes = torch.stack(self.sizes + [zero] * padding, 1)
         lengths = torch.stack(self.lengths + [zero] * padding, 1)
@@ -130,6 +130,11 @@ class HostProgress(Progress):
         self.length = length if self._all else length * self.live
         self.sizes.append(size)
         self.lengths.append(self.length)
+
+
+def bad_start() -> NonFiniteError:
+    """The error of a starting vector."""
+    return NonFiniteError("a starting vector has NaN or Inf, or its norm overflows; expected finite numbers")
 
 
 def not_finite(step: int) -> NonFiniteError:
