@@ -49,8 +49,22 @@ class _Krylov:
         return 1e-10 if dtype in (torch.float64, torch.complex128) else 1e-5
 
 
+@dataclass(frozen=True)
 class Lanczos(_Krylov):
-    """Lanczos tridiagonalisation, for Hermitian operators (real or complex)."""
+    """Lanczos tridiagonalisation, for Hermitian operators (real or complex).
+
+    Args:
+        two_pass: keep no basis: every space is gone through twice, for twice the products and the memory of about four
+            vectors at any depth (about 20 in backward). For ``funm_multiply`` and ``expm_multiply``, with
+            ``reorthogonalize=False`` and ``Frechet()``.
+    """
+
+    two_pass: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.two_pass and self.reorthogonalize:
+            raise OperandError("two_pass=True keeps no basis to orthogonalise against; give reorthogonalize=False too")
 
 
 class Arnoldi(_Krylov):

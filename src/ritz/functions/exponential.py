@@ -68,7 +68,8 @@ def expm_multiply(
             is there, and eight Lanczos steps estimate that tA decays with a rate above 10⁴.
         gradient: as in :func:`funm_multiply`.
         memory_budget: bytes for bases; substeps then keep their starting vectors only, and make their spaces anew in
-            backward (half as many products more).
+            backward (half as many products more). ``Lanczos(reorthogonalize=False, two_pass=True)`` has no bases: it
+            takes twice the products, no substeps, and no notice of a budget.
         return_info, on_failure: as in :func:`funm_multiply`.
 
     Returns:
@@ -96,7 +97,7 @@ def expm_multiply(
         outs, info = _by_resolvent(A, V, grid, numbers, chosen, gradient, on_failure)
     else:
         check_rule(gradient, chosen)
-        if memory_budget is not None:
+        if memory_budget is not None and not (isinstance(chosen, Lanczos) and chosen.two_pass):
             chosen = _within(chosen, memory_budget, V)
         outs, info = _evaluate(A, V, grid, numbers, chosen, gradient, on_failure, keep=memory_budget is None)
     Y = torch.stack(outs)
@@ -189,7 +190,8 @@ def _evaluate(
     """One space for all times where they need no substeps or may have none; otherwise ray by ray."""
     functions: list[ScalarFunction] = [Exp(s) for s in numbers]
     rays = _rays(numbers)
-    if method.num_matvecs is not None or isinstance(gradient, Unrolled) or not rays:
+    two_pass = isinstance(method, Lanczos) and method.two_pass
+    if method.num_matvecs is not None or isinstance(gradient, Unrolled) or two_pass or not rays:
         return multiply(functions, A, V, grid, method, gradient, on_failure, keep=keep)
     if len(rays) == 1 and len(rays[0].index) == len(numbers):
         outs, info = _walk(A, V, grid, rays[0], method, gradient, on_failure, keep)

@@ -18,7 +18,7 @@ from ..result import Info, OnFailure, Status, report
 from . import frechet
 from .adjoint import multiply_by_adjoint
 from .chebyshev import Chebyshev, chebyshev_multiply
-from .scalar import Part, ScalarFunction, as_function
+from .scalar import ScalarFunction, as_function
 from .space import (
     FIRST,
     Space,
@@ -32,7 +32,8 @@ from .space import (
     info_of,
     smallest,
 )
-from .table import conjugate_small, select
+from .table import conjugate_small, real_parts, select
+from .two_pass import two_pass_multiply
 from .unrolled import unrolled_multiply
 
 Refine = Callable[[Space, Tensor, Status], tuple[Sequence[ScalarFunction], "Tensor | None", Tensor, Status]]
@@ -106,6 +107,8 @@ def multiply(
     chosen = choose(A, method)
     check_rule(gradient, chosen)
     check_finite(V, "B")
+    if isinstance(chosen, Lanczos) and chosen.two_pass:
+        return two_pass_multiply(functions, A, V, times, chosen, gradient, on_failure)
     A = as_hermitian(A, chosen)
     if isinstance(gradient, Unrolled):
         return unrolled_multiply(functions, A, V, times, chosen)
@@ -166,14 +169,15 @@ def _frechet_rule(
         else:
             space = forward
         basis, m = space.basis, space.basis.shape[0]
-        parts = _real_parts(functions, cotangents, basis.is_complex())
+        parts = real_parts(functions, cotangents, basis.is_complex())
         time_bar = None if times is None else _time_gradients(space, functions, times, cotangents)
         rest = () if times is None else (time_bar,)
         if not parts:
             return Cotangents([None], [None, *rest])
         G = torch.cat([g for _, g in parts], dim=1)
         index = torch.arange(m, device=G.device).repeat(len(parts))
-        left, error, status = build(run.adjoint(G.shape[1]), G, backward, [f for f, _ in parts], first_look(space.basis.shape[1]))
+        first = first_look(basis.shape[1])
+        left, error, status = build(run.adjoint(G.shape[1]), G, backward, [f for f, _ in parts], first)
         info.backward = info_of(backward, left, error, status, run.num_matvecs - before)
         report(info.backward, what="backward of f(A)v", target=backward.tolerance(basis.dtype), on_failure=on_failure)
         lefts, rights, bars = [], [], torch.zeros_like(G[:, :m])
@@ -190,24 +194,6 @@ def _frechet_rule(
     # A block of no columns holds the place of one that backward makes.
     n = forward.shape[0] if isinstance(forward, Tensor) else 0
     return rule, [forward.new_empty(n, 0) if isinstance(forward, Tensor) else forward.basis]
-
-
-def _real_parts(
-    functions: Sequence[ScalarFunction], cotangents: Sequence[Tensor | None], complex_basis: bool
-) -> list[tuple[ScalarFunction, Tensor]]:
-    """(function, cotangent block) pairs that live in the field of A.
-
-    A real A with complex values: Re⟨g, df v⟩ = ⟨Re g, d(Re f) v⟩ + ⟨Im g, d(Im f) v⟩, two real cotangents.
-    """
-    parts: list[tuple[ScalarFunction, Tensor]] = []
-    for f, g in zip(functions, cotangents, strict=True):
-        if g is None:
-            continue
-        if g.is_complex() and not complex_basis:
-            parts += [(Part(f, False), g.real.contiguous()), (Part(f, True), g.imag.contiguous())]
-        else:
-            parts.append((f, g))
-    return parts
 
 
 def _time_gradients(

@@ -189,20 +189,26 @@ def build(
     method: Lanczos | Arnoldi,
     functions: Sequence[ScalarFunction],
     first: int = FIRST,
+    run: Callable[..., LanczosState | ArnoldiState] | None = None,
 ) -> tuple[Space, Tensor, Status]:
     """Grow a Krylov space from every column of V, to a fixed depth or until every f(A)v has converged.
 
     Args:
         functions: those whose convergence an adaptive depth waits for.
         first: steps before the first look at the error.
+        run: the loop, where it is not that of the method.
 
     Returns:
         The space, the error estimate per column (largest over functions, relative to f(A)v), and the status.
     """
-    run: Callable[..., LanczosState | ArnoldiState] = run_lanczos if isinstance(method, Lanczos) else run_arnoldi
+    loop: Callable[..., LanczosState | ArnoldiState] = run_lanczos if isinstance(method, Lanczos) else run_arnoldi
+    if run is not None:
+        loop = run
+    elif isinstance(method, Lanczos) and method.two_pass:
+        raise OperandError(f"{method!r} keeps no basis, which is for f(A)v alone; drop two_pass=True")
     options = {"reorthogonalize": method.reorthogonalize}
     if method.num_matvecs is not None:
-        space = _space(run(matmat, V, method.num_matvecs, **options))
+        space = _space(loop(matmat, V, method.num_matvecs, **options))
         return space, error_estimate(space, functions), _status(space, Status.FIXED)
     rtol = method.tolerance(V.dtype)
     # n orthonormal vectors exhaust the space. The plain recurrence loses orthogonality, and may need more than n steps.
@@ -211,7 +217,7 @@ def build(
         limit = max(1, min(limit, V.shape[0]))
     k = min(first, limit)
     room = limit if limit * V.numel() * V.element_size() <= ROOM else 0
-    state = run(matmat, V, k, room=room, **options)
+    state = loop(matmat, V, k, room=room, **options)
     before: tuple[int, float] | None = None
     while True:
         space = _space(state)
@@ -227,7 +233,7 @@ def build(
             return space, _tensor(errors, space), Status.EXHAUSTED if done else Status.MAX_STEPS
         onset = max(f.onset(space.low, space.high) for f in functions) if isinstance(space, HermitianSpace) else 0.0
         k, before = min(limit, k + _more(k, worst, before, rtol, onset)), (k, worst)
-        state = run(matmat, V, k, state=state, room=room, **options)
+        state = loop(matmat, V, k, state=state, room=room, **options)
 
 
 def first_look(depth: int) -> int:

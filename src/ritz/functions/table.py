@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from ..krylov.arnoldi import ArnoldiState
-from ..krylov.lanczos import LanczosState
 from ..methods import Arnoldi, Frechet, Lanczos
 from ..numerics import check_finite
 from ..operators.base import LinearOperator
 from ..pairing import Cotangents, Pair, Run
 from ..result import Info, OnFailure, report
 from . import frechet
-from .scalar import ScalarFunction
+from .scalar import Part, ScalarFunction
 from .space import GeneralSpace, HermitianSpace, Space, build, check_psd, combine, first_look, info_of, smallest
 
 Table = Sequence[Sequence[ScalarFunction | None]]
@@ -66,7 +65,7 @@ def select(space: Space, rows: slice) -> Space:
         return space
     fields = {f.name: getattr(space.state, f.name)[rows] for f in dataclasses.fields(space.state)}
     if isinstance(space, HermitianSpace):
-        return HermitianSpace(LanczosState(**fields), space.ritz[rows], space.vectors[rows])
+        return HermitianSpace(type(space.state)(**fields), space.ritz[rows], space.vectors[rows])
     return GeneralSpace(ArnoldiState(**fields), space.H[rows])
 
 
@@ -76,6 +75,24 @@ def conjugate_small(space: Space, f: ScalarFunction) -> Tensor:
         return space.small(f).conj().resolve_conj()  # its vectors are real
     conj = space.H.conj().resolve_conj()
     return space.state.norm.to(conj.dtype).unsqueeze(1) * f.matrix(conj)[:, :, 0].conj()
+
+
+def real_parts(
+    functions: Sequence[ScalarFunction], cotangents: Sequence[Tensor | None], complex_basis: bool
+) -> list[tuple[ScalarFunction, Tensor]]:
+    """(function, cotangent block) pairs that live in the field of A.
+
+    A real A with complex values: Re⟨g, df v⟩ = ⟨Re g, d(Re f) v⟩ + ⟨Im g, d(Im f) v⟩, two real cotangents.
+    """
+    parts: list[tuple[ScalarFunction, Tensor]] = []
+    for f, g in zip(functions, cotangents, strict=True):
+        if g is None:
+            continue
+        if g.is_complex() and not complex_basis:
+            parts += [(Part(f, False), g.real.contiguous()), (Part(f, True), g.imag.contiguous())]
+        else:
+            parts.append((f, g))
+    return parts
 
 
 def _row(space: Space, row: Sequence[ScalarFunction | None]) -> Tensor:

@@ -18,7 +18,7 @@ def basis_of(V: Tensor, k: int, room: int, before: Tensor | None) -> Tensor:
     """Rows for k vectors (m, k, n), the first ones those of ``before``; in its own storage where that has the room.
 
     A basis that grows in small steps would be copied at each of them, and one made for its largest depth would pay for
-    fresh pages of memory (300 rows of 16 384: 130 µs a row instead of 10): twice the rows are set aside, up to ``room``.
+    fresh pages of memory (300 rows of 16 384: 130 µs a row, not 10): twice the rows are set aside, up to ``room``.
     """
     n, m = V.shape
     if before is not None and before._base is not None:
