@@ -87,9 +87,18 @@ class _Scratch(NamedTuple):
 
 
 class _Kernel:
-    """The entries as a product reads them: flattened, in the dtype of the vectors."""
+    """The entries as a product reads them: flattened, real.
 
-    def __init__(self, diagonal: Tensor, bands: list[_Band], border: tuple[Tensor, Tensor, Tensor] | None) -> None:
+    Complex vectors are read as real ones of twice the length, for which every entry stands there ``twice``: half the
+    multiplications of complex entries.
+    """
+
+    def __init__(
+        self, diagonal: Tensor, bands: list[_Band], border: tuple[Tensor, Tensor, Tensor] | None, twice: bool
+    ) -> None:
+        if twice:
+            diagonal = diagonal.repeat_interleave(2)
+            bands = [_Band(2 * o, low.repeat_interleave(2), up.repeat_interleave(2)) for o, low, up in bands]
         self.diagonal, self.bands = diagonal, bands
         self.border = border  # rows, columns, values of the entries across periodic borders
         self._coefficients = [c for band in bands for c in (band.lower, band.upper)]
@@ -99,7 +108,10 @@ class _Kernel:
         """Product with (n, k); works on rows, where neighbours in memory are neighbours on the grid."""
         single = X.shape[1] == 1 and X.device.type == "cpu"
         x = X.squeeze(1) if single else X.mT.contiguous()
-        out = self._vector(x) if single else self._rows(x)
+        real = torch.view_as_real(x.resolve_conj()).flatten(-2) if x.is_complex() else x
+        out = self._vector(real) if single else self._rows(real)
+        if x.is_complex():
+            out = torch.view_as_complex(out.unflatten(-1, (-1, 2)))
         if self.border is not None:
             rows, columns, values = self.border
             out.index_add_(-1, rows, x.index_select(-1, columns).mul_(values))
@@ -221,13 +233,13 @@ class StencilOperator(LinearOperator):
                 both = flat if low is up else self._flat(up, link)
                 bands.append(_Band(link.offset, flat[: self.grid.size], both[link.offset :]))
         border = (torch.cat(rows), torch.cat(columns), torch.cat(values).to(self.dtype)) if rows else None
-        return _Kernel(diagonal.reshape(-1).to(self.dtype), bands, border)
+        return _Kernel(diagonal.reshape(-1), bands, border, self.dtype.is_complex)
 
     def _flat(self, values: Tensor, link: Link) -> Tensor:
         """Values by their tails, after as many zeros as the offset: a shift by it makes them values by their heads."""
         assert link.offset is not None
-        memory = torch.zeros(link.offset + self.grid.size, dtype=self.dtype, device=self.device)
-        memory[link.offset :].view(self.grid.shape)[link.tail] = values.to(self.dtype)
+        memory = torch.zeros(link.offset + self.grid.size, dtype=values.dtype, device=self.device)
+        memory[link.offset :].view(self.grid.shape)[link.tail] = values
         return memory
 
     def _index(self) -> Tensor:

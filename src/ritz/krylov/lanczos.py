@@ -65,7 +65,7 @@ def run_lanczos(
     if k <= first:
         raise ValueError(f"k = {k} steps were asked for; expected k >= {first + 1}")
     Q = basis_of(V, k, room, None if state is None else state.Q)
-    if one.fits(V) and not in_transform():
+    if one.fits(V, reorthogonalize) and not in_transform():
         return _run_one(matmat, V, Q, first, reorthogonalize, state)
     if state is None:
         W, norm = V.mT, safe_norms(V.mT)
@@ -104,17 +104,18 @@ def _run_one(
 ) -> LanczosState:
     k = Q.shape[1]
     if state is None:
-        w, largest = V[:, 0], 0.0
+        w, largest = one.as_real(V[:, 0]), 0.0
         length = one.norm(w)
         if not 1e-120 < length < 1e120:  # zero, or squares that over- or underflow
             length = safe_norms(V.mT).item()
             if not math.isfinite(length):
                 raise bad_start()
-        norm = torch.tensor([length], dtype=V.dtype)
+        norm = torch.tensor([length], dtype=V.dtype.to_real())
     else:
-        w, norm, length = state.residual[0], state.norm, state.beta[0, -1].item()
+        w, norm, length = one.as_real(state.residual[0]), state.norm, state.beta[0, -1].item()
         largest = (state.alpha.abs() + state.beta).max().item()
-    w, a, b = one.lanczos_steps(matmat, Q[0], first, w, length, largest, reorthogonalize=reorthogonalize)
+    product, rows = one.on_real(matmat, V.dtype), one.as_real(Q[0])
+    w, a, b = one.lanczos_steps(product, rows, first, w, length, largest, reorthogonalize=reorthogonalize)
     depth = len(a)
     missing = k - first - depth
     if state is not None:
@@ -124,7 +125,8 @@ def _run_one(
         a, b = a + [a[0] if a else 0.0] * missing, b + [0.0] * missing
     if not b[-1] > 0:
         w = torch.zeros_like(w)
-    alpha, beta = (torch.tensor([x], dtype=V.dtype) for x in (a, b))
+    alpha, beta = (torch.tensor([x], dtype=V.dtype.to_real()) for x in (a, b))
+    w = torch.view_as_complex(w.view(-1, 2)) if V.is_complex() else w
     return LanczosState(Q, alpha, beta, w.unsqueeze(0), norm, torch.tensor([depth]))
 
 

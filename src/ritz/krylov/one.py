@@ -1,7 +1,8 @@
-"""The Lanczos loop of a single real vector on the CPU, where every call from Python is felt.
+"""The Lanczos loop of a single vector on the CPU, where every call from Python is felt.
 
 The same recurrence and the same numbers as the general loop, up to the order of a sum: half as many tensor operations,
-scalars as Python numbers. A step on n = 16 384 is a few products' worth of overhead otherwise.
+scalars as Python numbers. A step on n = 16 384 is a few products' worth of overhead otherwise. A complex vector is a
+real one of twice the length here: the recurrence has real coefficients, and Re xᴴy is the dot product of the two.
 """
 
 from __future__ import annotations
@@ -25,9 +26,26 @@ class Steps(NamedTuple):
     beta: list[float]
 
 
-def fits(V: Tensor) -> bool:
+def fits(V: Tensor, reorthogonalize: bool) -> bool:
     """Whether V is what this loop is for."""
-    return V.shape[1] == 1 and V.device.type == "cpu" and V.dtype in (torch.float32, torch.float64)
+    known = V.dtype in (torch.float32, torch.float64) or V.is_complex() and not reorthogonalize
+    return V.shape[1] == 1 and V.device.type == "cpu" and known
+
+
+def as_real(x: Tensor) -> Tensor:
+    """Vectors along the last axis as real ones, in the same memory."""
+    return torch.view_as_real(x.resolve_conj()).flatten(-2) if x.is_complex() else x
+
+
+def on_real(matmat: Product, dtype: torch.dtype) -> Product:
+    """The product with a column, on its real form."""
+    if not dtype.is_complex:
+        return matmat
+
+    def product(x: Tensor) -> Tensor:
+        return as_real(matmat(torch.view_as_complex(x.view(-1, 2)).unsqueeze(1)).squeeze(1)).unsqueeze(1)
+
+    return product
 
 
 def lanczos_steps(
