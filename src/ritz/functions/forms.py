@@ -142,9 +142,8 @@ def shared_forms(
     with Run(A, V, *shifts) as run:
         Vn = V.detach()
         functions = [f for t in terms for f in shifted(t)]
-        space, error, status = build(run.matmat, Vn, chosen, functions)
+        space, error, status = build(run.matmat, Vn, chosen, functions, psd=A.psd)
         assert isinstance(space, HermitianSpace)
-        space = space.without_rounding() if A.psd else space
         space.check_domain(functions)
         weights = space.first.square()  # ‖v‖² times the Gauss weights
         values = [form_values(t, space.ritz, weights).to(V.real.dtype) for t in terms]

@@ -113,7 +113,7 @@ def multiply(
     if isinstance(gradient, Unrolled):
         return unrolled_multiply(functions, A, V, times, chosen)
     with Run(A, V) as run:
-        space, error, status = build(run.matmat, V.detach(), chosen, functions, first)
+        space, error, status = build(run.matmat, V.detach(), chosen, functions, first, psd=A.psd)
         if refine is not None:
             functions, times, error, status = refine(space, error, status)
         run.inputs = (V,) if times is None else (V, times)
@@ -165,29 +165,32 @@ def _frechet_rule(
         before = run.num_matvecs
         if isinstance(forward, Tensor):
             assert again is not None
-            space, _, _ = build(run.matmat, forward.detach(), again, functions)
+            space, _, _ = build(run.matmat, forward.detach(), again, functions, psd=run.A.psd)
         else:
             space = forward
         basis, m = space.basis, space.basis.shape[0]
         parts = real_parts(functions, cotangents, basis.is_complex())
-        time_bar = None if times is None else _time_gradients(space, functions, times, cotangents)
-        rest = () if times is None else (time_bar,)
+        rest: tuple[Tensor | None, ...] = () if times is None else (None,)
+        if times is not None and times.requires_grad:
+            rest = (_time_gradients(space, functions, times, cotangents),)
         if not parts:
             return Cotangents([None], [None, *rest])
         G = torch.cat([g for _, g in parts], dim=1)
         index = torch.arange(m, device=G.device).repeat(len(parts))
         first = first_look(basis.shape[1])
-        left, error, status = build(run.adjoint(G.shape[1]), G, backward, [f for f, _ in parts], first)
+        left, error, status = build(run.adjoint(G.shape[1]), G, backward, [f for f, _ in parts], first, psd=run.A.psd)
         info.backward = info_of(backward, left, error, status, run.num_matvecs - before)
         report(info.backward, what="backward of f(A)v", target=backward.tolerance(basis.dtype), on_failure=on_failure)
-        lefts, rights, bars = [], [], torch.zeros_like(G[:, :m])
+        lefts, rights = [], []
+        bars = torch.zeros_like(G[:, :m]) if run.inputs[0].requires_grad else None
         for i, (f, _) in enumerate(parts):
             some = select(left, slice(i * m, (i + 1) * m))
             X = frechet.core(some, space, f, index[i * m : (i + 1) * m])
             low = frechet.compress(X, gradient.tolerance(basis.dtype, smallest(error)))
             lefts.append(low.left.to(basis.dtype).mT @ some.basis)
             rights.append(low.right)
-            bars = bars + combine(some.basis, conjugate_small(some, f)).to(bars.dtype)
+            if bars is not None:
+                bars += combine(some.basis, conjugate_small(some, f)).to(bars.dtype)
         block = basis if isinstance(forward, Tensor) else None
         return Cotangents([Pair(torch.cat(lefts, 1), torch.cat(rights, 2), block)], [bars, *rest])
 

@@ -67,9 +67,9 @@ class ScalarFunction(ABC):
         return None
 
 
-def _positive(ritz: Tensor, name: str) -> None:
+def _positive(ritz: Tensor, name: str, zero: bool = False) -> None:
     smallest = float(ritz.min()) if ritz.numel() else 1.0
-    if not smallest > 0:
+    if not (smallest > 0 or zero and smallest == 0):
         raise DomainError(
             f"{name} was asked of an operator with Ritz value {smallest:.6g}; expected all eigenvalues > 0: add "
             f"a shift (A.shift(sigma) with sigma > {max(-smallest, 0.0):.3g}), or check that it is positive definite"
@@ -135,7 +135,7 @@ class Log(ScalarFunction):
 
 @dataclass(frozen=True)
 class Sqrt(ScalarFunction):
-    """√x, x > 0."""
+    """√x, x ≥ 0; no slope at 0."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.sqrt(x)
@@ -147,7 +147,7 @@ class Sqrt(ScalarFunction):
         return dense.sqrtm(H)[0]
 
     def check_domain(self, ritz: Tensor) -> None:
-        _positive(ritz, "sqrt")
+        _positive(ritz, "sqrt", zero=True)
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,8 @@ class Inverse(ScalarFunction):
 
 @dataclass(frozen=True)
 class Power(ScalarFunction):
-    """x**p; any x for whole p ≥ 0, x ≠ 0 for whole p < 0, x > 0 otherwise."""
+    """x**p; any x for whole p ≥ 0, x ≠ 0 for whole p < 0, x ≥ 0 for other p > 0 (no slope
+    at 0 for p < 1), x > 0 otherwise."""
 
     p: float
 
@@ -224,7 +225,7 @@ class Power(ScalarFunction):
 
     def check_domain(self, ritz: Tensor) -> None:
         if not self._whole:
-            _positive(ritz, f"power({self.p:g})")
+            _positive(ritz, f"power({self.p:g})", zero=self.p > 0)
         elif self.p < 0:
             Inverse().check_domain(ritz)
 

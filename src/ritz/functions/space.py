@@ -190,6 +190,7 @@ def build(
     functions: Sequence[ScalarFunction],
     first: int = FIRST,
     run: Callable[..., LanczosState | ArnoldiState] | None = None,
+    psd: bool | None = None,
 ) -> tuple[Space, Tensor, Status]:
     """Grow a Krylov space from every column of V, to a fixed depth or until every f(A)v has converged.
 
@@ -197,6 +198,7 @@ def build(
         functions: those whose convergence an adaptive depth waits for.
         first: steps before the first look at the error.
         run: the loop, where it is not that of the method.
+        psd: whether A is positive semidefinite, so that Ritz values that are negative by rounding are zero.
 
     Returns:
         The space, the error estimate per column (largest over functions, relative to f(A)v), and the status.
@@ -208,7 +210,7 @@ def build(
         raise OperandError(f"{method!r} keeps no basis, which is for f(A)v alone; drop two_pass=True")
     options = {"reorthogonalize": method.reorthogonalize}
     if method.num_matvecs is not None:
-        space = _space(loop(matmat, V, method.num_matvecs, **options))
+        space = _space(loop(matmat, V, method.num_matvecs, **options), psd)
         return space, error_estimate(space, functions), _status(space, Status.FIXED)
     rtol = method.tolerance(V.dtype)
     # n orthonormal vectors exhaust the space. The plain recurrence loses orthogonality, and may need more than n steps.
@@ -220,7 +222,7 @@ def build(
     state = loop(matmat, V, k, room=room, **options)
     before: tuple[int, float] | None = None
     while True:
-        space = _space(state)
+        space = _space(state, psd)
         errors = _errors(space, functions)
         worst = max(errors, default=0.0)
         if isinstance(space, HermitianSpace) and space.low < 0:
@@ -255,9 +257,10 @@ def _more(k: int, error: float, before: tuple[int, float] | None, rtol: float, o
     return max(2, min(most, math.ceil(math.log(error / rtol) / rate)))
 
 
-def _space(state: LanczosState | ArnoldiState) -> Space:
+def _space(state: LanczosState | ArnoldiState, psd: bool | None) -> Space:
     if isinstance(state, LanczosState):
-        return decompose(state)
+        space = decompose(state)
+        return space.without_rounding() if psd and space.low < 0 else space
     H = state.H.to(torch.complex128 if state.H.is_complex() else torch.float64)
     dead = (state.depth == 0)[:, None, None]
     return GeneralSpace(state, torch.where(dead, torch.eye(H.shape[-1], dtype=H.dtype, device=H.device), H))

@@ -46,7 +46,7 @@ def table_multiply(
     functions = list(dict.fromkeys(f for row in table for f in row if f is not None))
     with Run(A, V, t) as run:
         columns = V.detach().transpose(1, 2).reshape(n, m * J)  # by problem: bases of one problem lie side by side
-        space, error, status = build(run.matmat, columns, method, functions)
+        space, error, status = build(run.matmat, columns, method, functions, psd=A.psd)
         space.check_domain(functions)
         values = [_row(space, row) for row in table]
         info = info_of(method, space, error, status, run.num_matvecs)
@@ -133,7 +133,7 @@ def _rule(
         G = torch.stack([g for _, g in live], 2).reshape(-1, m * P)
         functions = list(dict.fromkeys(f for p, _ in live for f in table[p] if f is not None))
         before = run.num_matvecs
-        left, error, status = build(run.adjoint(m * P), G, backward, functions, first_look(k))
+        left, error, status = build(run.adjoint(m * P), G, backward, functions, first_look(k), psd=run.A.psd)
         info.backward = info_of(backward, left, error, status, run.num_matvecs - before)
         report(info.backward, what=f"backward of {what}", target=backward.tolerance(G.dtype), on_failure=on_failure)
         ku = left.basis.shape[1]

@@ -43,7 +43,7 @@ def two_pass_multiply(
         )
     A = as_hermitian(A, method)
     with Run(A, V) as run:
-        space, error, status = build(run.matmat, V.detach(), method, functions, run=run_without_basis)
+        space, error, status = build(run.matmat, V.detach(), method, functions, run=run_without_basis, psd=A.psd)
         run.inputs = (V,) if times is None else (V, times)
         assert isinstance(space, HermitianSpace)
         space.check_domain(functions)
@@ -103,7 +103,7 @@ def _rule(
         G = torch.cat([g for _, g in parts], 1)
         adjoint = run.adjoint(G.shape[1])
         first = first_look(space.basis.shape[1])
-        left, error, status = build(adjoint, G, backward, [f for f, _ in parts], first, run=run_without_basis)
+        left, error, status = build(adjoint, G, backward, [f for f, _ in parts], first, run_without_basis, run.A.psd)
         index = torch.arange(m, device=V.device)
         wide = torch.complex128 if V.is_complex() else torch.float64
         lefts, rights, bars = [], [], []

@@ -107,9 +107,8 @@ def spectral_measure(
             Z, exact = on_the_rest(block.V[:, : resolved.columns], resolved, generator), False
         else:
             Z, exact = resolved.probes(n, A.dtype, A.device, generator), resolved.is_exact(n)
-        space, error, status = build(run.matmat, Z, chosen, functions)
+        space, error, status = build(run.matmat, Z, chosen, functions, psd=A.psd)
         assert isinstance(space, HermitianSpace)
-        space = space.without_rounding() if A.psd else space
         spent = run.num_matvecs
     depth = int(space.state.depth.max())
     info = Info(chosen, spent, depth, error, status=status, details={"estimator": estimator})
