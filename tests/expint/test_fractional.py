@@ -1,6 +1,5 @@
 """Fractional diffusion: powers of a singular, positive semidefinite operator."""
 
-import pytest
 import torch
 
 import ritz
@@ -21,8 +20,6 @@ def test_fractional_powers_of_a_singular_laplacian_and_their_gradient():
     # An eigenvalue of zero is only known to 1e-15, of which the power 0.6 is 1e-9, in the dense reference too.
     torch.testing.assert_close(half, U @ (w**s * (U.mT @ u)), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(decayed, U @ (torch.exp(-t * w**s) * (U.mT @ u)), rtol=1e-10, atol=1e-10)
-    with pytest.raises(ritz.DomainError, match="no finite slope"):  # of x^0.6 at the eigenvalue zero
-        half.square().sum().backward()
     shifted = ritz.funm_multiply(ritz.functions.power(s), L.shift(1e-3), u)
     (got,) = torch.autograd.grad(shifted.square().sum(), c)
     w, U = torch.linalg.eigh(dense + 1e-3 * torch.eye(24, dtype=torch.float64))
