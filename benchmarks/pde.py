@@ -159,7 +159,8 @@ def main() -> int:
             record = {k: task[k] for k in KEY} | call_worker(task, options.limit)
             good = [row for row in record["rows"] if "ms" in row]
             if good and task["target"] == TARGET and task["contestant"] in ("ritz", "torchdiffeq"):
-                for row in good if task["contestant"] == "ritz" else good[:1]:
+                plain = [row for row in good if row["setting"]["gradient"] == "backprop"]
+                for row in good if task["contestant"] == "ritz" else (plain or good)[:1]:
                     row |= call_worker(task | {"memory": row["setting"]}, options.limit)
             result["records"].append(record)
             _common.write_json(path, result)

@@ -76,6 +76,7 @@ class _Plan:
     name: str
     deferred: bool
     num_inputs: int
+    needs: list[bool]  # filled in backward, shared with the Run
     versions: list[tuple[Tensor, int]] = field(default_factory=list)  # what must not change in place before backward
 
 
@@ -92,6 +93,7 @@ class Run:
         self.bound = A
         self.inputs = inputs
         self.num_matvecs = 0
+        self._needs: list[bool] = []
         self._grad_mode = torch.is_grad_enabled()
         self._fresh = True
         self._stack: Any = None
@@ -146,6 +148,17 @@ class Run:
             return True
         return any(t.requires_grad for t in (*self.inputs, *self.bound.tensors()))
 
+    def needs_input(self, i: int) -> bool:
+        """Within a rule: whether the gradient of the i-th input is asked for.
+
+        Only autograd knows: inside of nested transforms a tensor's own flag speaks of one level alone.
+        """
+        return self._needs[i]
+
+    def needs_operator(self) -> bool:
+        """Within a rule: whether the gradient of any tensor of the operator is asked for."""
+        return any(self._needs[len(self.inputs) :])
+
     def attach(
         self,
         values: Sequence[Tensor],
@@ -169,7 +182,8 @@ class Run:
             return tuple(values)
         flags = tuple(adjoint) if adjoint is not None else (False,) * len(blocks)
         operators = tuple(self.bound.mH if flag else self.bound for flag in flags)
-        plan = _Plan(operators, tuple(blocks), tuple(values), rule, name, self.bound.deferrable, len(self.inputs))
+        deferred, number = self.bound.deferrable, len(self.inputs)
+        plan = _Plan(operators, tuple(blocks), tuple(values), rule, name, deferred, number, self._needs)
         if plan.deferred:
             tensors = self.bound.tensors()
         else:
@@ -216,6 +230,7 @@ class _Attach(torch.autograd.Function):
         with torch.no_grad(), full_precision():
             for operator in plan.operators:
                 operator.check_unchanged()
+            plan.needs[:] = needs
             result = plan.rule(*cotangents)
             grads: list[Tensor | None] = list(result.inputs)
             grads += _contract(plan, result.pairs, len(args) - plan.num_inputs, any(needs[plan.num_inputs :]))

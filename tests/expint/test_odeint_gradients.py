@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import ritz
 from ritz import Arnoldi, OperandError, Unrolled
 from ritz.errors import SecondDerivativeError, TransformError
+from ritz.expint import Diffusion, Grid
 from ritz.expint.odeint import odeint
 from ritz.expint.segments import Checkpoints, Kept
 from ritz.expint.steppers import ETDRK4, EXPRB43, EXPRB53, ExponentialEuler
@@ -343,3 +344,36 @@ def test_refusals_of_the_memory_mode():
     for wrong in (0, 2.5):
         with pytest.raises(OperandError, match="checkpoints="):
             odeint(forced(FORCE), Y0, T, checkpoints=wrong)
+
+
+def reaction(y0: Tensor, rate: Tensor, c: Tensor, t: Tensor, **options) -> Tensor:
+    """Allen–Cahn on a line of 64: beyond the size up to which matrices are formed."""
+    L = Diffusion(c, Grid(64, border="neumann", spacing=0.2))
+    return odeint(lambda t, y: rate * (y - y**3) + torch.cos(t), y0, t, linear=L, **options)
+
+
+@pytest.mark.parametrize("gradient", [ritz.Frechet(), ritz.Adjoint()], ids=["Frechet", "Adjoint"])
+@pytest.mark.parametrize("method", [EXPRB43(), EXPRB53(), ETDRK4(), ExponentialEuler()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("checkpoints", [None, 3])
+def test_gradients_through_truncated_spaces(method, gradient, checkpoints):
+    x = torch.arange(64, dtype=D)
+    given = [0.4 * torch.cos(0.3 * x), torch.tensor(0.9, dtype=D), 1 + 0.2 * torch.sin(x), T[:2]]
+    w = torch.randn(2, 64, dtype=D, generator=torch.Generator().manual_seed(1))
+
+    def solve(*inputs: Tensor, **options) -> list[Tensor]:
+        Y = reaction(*inputs, **options)
+        return [Y.detach(), *torch.autograd.grad((w * Y).sum(), inputs)]
+
+    inputs = [g.clone().requires_grad_() for g in given]
+    krylov = Arnoldi(rtol=1e-13) if isinstance(gradient, ritz.Adjoint) else ritz.Auto()
+    first_order = isinstance(method, ExponentialEuler)
+    number = 60 if first_order else 6
+    got = solve(*inputs, method=method, num_steps=number, gradient=gradient, krylov=krylov, checkpoints=checkpoints)
+    inputs = [g.clone().requires_grad_() for g in given]
+    L = Diffusion(inputs[2], Grid(64, border="neumann", spacing=0.2)).assemble().to_dense()
+    field = lambda t, y: L @ y + inputs[1] * (y - y**3) + torch.cos(t)  # noqa: E731
+    Y = by_rk4(field, inputs[0], inputs[3])
+    wanted = [Y.detach(), *torch.autograd.grad((w * Y).sum(), inputs)]
+    rtol = 4e-2 if first_order else 1e-5  # of the method
+    for a, b in zip(got, wanted):
+        assert relative(a, b) < rtol

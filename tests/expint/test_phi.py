@@ -111,3 +111,31 @@ def test_refusals() -> None:
     (g,) = torch.autograd.grad(phi_multiply(A, vectors, 1.0).sum(), vectors[1], create_graph=True)
     with pytest.raises(SecondDerivativeError, match="differentiated twice"):
         g.sum().backward()
+
+
+def test_a_time_too_long_for_one_space_goes_by_substeps() -> None:
+    n = 60
+    d = torch.linspace(0.0, 2000.0, n, dtype=torch.float64).requires_grad_()
+    b0, b1 = (torch.cos((j + 1) * torch.arange(n, dtype=torch.float64)).requires_grad_() for j in range(2))
+    A = ritz.operators.Diagonal(-d)
+    method = ritz.Lanczos(rtol=1e-8, max_matvecs=36)
+    y, info = phi_multiply(A, [b0, b1], 1.0, method=method, return_info=True, on_failure="raise")
+    x = -d
+    exact = (
+        torch.exp(x) * b0 + torch.where(x == 0, torch.ones_like(x), torch.expm1(x) / torch.where(x == 0, -1.0, x)) * b1
+    )
+    torch.testing.assert_close(y, exact, rtol=1e-7, atol=1e-7)
+    got, wanted = (torch.autograd.grad(out.square().sum(), [b0, b1]) for out in (y, exact))
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-7)
+    assert info.details["substeps"] > 1
+
+
+def test_time_zero_has_a_slope() -> None:
+    A = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    b0, b1 = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
+    for M in (A, A + A.mT):
+        y = phi_multiply(ritz.aslinearoperator(M), [b0, b1], t)
+        torch.testing.assert_close(y, b0)
+        (slope,) = torch.autograd.grad(y.sum(), t)
+        torch.testing.assert_close(slope, (M @ b0 + b1).sum())

@@ -1,4 +1,4 @@
-"""cos(t√A) and sin(t√A)/√A against eigenvectors, reversal in time, energy, and the founding study's stored fields."""
+"""cos(t√A) and sin(t√A)/√A against the first-order system; reversal in time, energy, norm over many steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 import ritz
 from ritz.errors import DomainError, OperandError, SecondDerivativeError
-from ritz.expint import FirstOrder, wave_multiply
+from ritz.expint import FirstOrder, Grid, Hamiltonian, WaveOperator, wave_multiply
 
 N = 30
 
@@ -130,3 +130,42 @@ def test_refusals() -> None:
     (g,) = torch.autograd.grad(wave_multiply(A, u, v, 1.0)[0].sum(), u, create_graph=True)
     with pytest.raises(SecondDerivativeError, match="differentiated twice"):
         g.sum().backward()
+
+
+def test_backwards_in_time_comes_home() -> None:
+    S = WaveOperator(1 + 0.3 * torch.rand(12, 12, dtype=torch.float64), Grid((12, 12), border="neumann"))
+    u, v = torch.randn(2, 144, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    there = wave_multiply(S, u, v, 0.7)
+    home = wave_multiply(S, *there, -0.7)
+    torch.testing.assert_close(home, (u, v), rtol=1e-8, atol=1e-8)
+
+
+def test_no_operator_at_all() -> None:
+    u, v = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    d = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    end = wave_multiply(ritz.operators.Diagonal(d).declare(hermitian=True, psd=True), u, v, 2.0)
+    torch.testing.assert_close(end, (u + 2 * v, v))
+    (grad,) = torch.autograd.grad(end[0].sum(), d)
+    torch.testing.assert_close(grad, -2 * u - 8 / 6 * v)  # of cos 2√x and sin(2√x)/√x at zero
+
+
+@pytest.mark.parametrize("steps", [100, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_truncated_spaces_keep_energy_and_norm(steps: int) -> None:
+    """Spaces of a tenth of the length: what is lost a step is the tolerance, and it does not pile up beyond that."""
+    grid = Grid((8, 8), border="neumann", spacing=1.0)
+    x = grid.coordinates(dtype=torch.float64)
+    S = WaveOperator((1 + 0.3 * torch.sin(x[:, 0])).reshape(8, 8), grid)
+    u, v = torch.sin(x[:, 0]), torch.cos(x[:, 1])
+    energy = lambda u, v: 0.5 * (v @ v + u @ (S @ u)).item()  # noqa: E731
+    first = energy(u, v)
+    H = Hamiltonian(torch.cos(x[:, 1]).reshape(8, 8), grid, dtype=torch.complex128)
+    psi = torch.polar(torch.ones(64, dtype=torch.float64), x[:, 0])
+    method = ritz.Lanczos(rtol=1e-13, max_matvecs=24)
+    depths = set()
+    for _ in range(steps):
+        (u, v), info = wave_multiply(S, u, v, 0.3, method=method, return_info=True)
+        psi, other = ritz.expm_multiply(H, psi, -0.3j, method=method, return_info=True)
+        depths |= {info.depth, other.depth}
+    assert max(depths) < 30
+    assert abs(energy(u, v) / first - 1) < 1e-13 * steps
+    assert abs(torch.linalg.vector_norm(psi).item() / 8 - 1) < 1e-13 * steps

@@ -211,8 +211,41 @@ def test_chebyshev_notices_wrong_bounds() -> None:
         ritz.expm_multiply(ritz.aslinearoperator(problem(False)[1]), v, method=ritz.Chebyshev(bounds=(0.0, 5.0)))
     with pytest.raises(OperandError, match="a < b"):
         ritz.Chebyshev(bounds=(2.0, 1.0))
-    with pytest.raises(OperandError, match=r"bounds=None"):
-        ritz.Chebyshev(20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_chebyshev_estimates_its_bounds(dtype: torch.dtype) -> None:
+    M, S, v = problem(True, dtype)
+    eigenvalues = torch.linalg.eigvalsh(S.detach())
+    for method in (ritz.Chebyshev(), ritz.Chebyshev(40)):
+        y, info = ritz.expm_multiply(ritz.aslinearoperator(S), v, -1.0, method=method, return_info=True)
+        low, high = info.method.bounds
+        assert low <= eigenvalues[0] and high >= eigenvalues[-1]
+        assert info.num_matvecs == 16 + v.shape[1] * (info.depth - 1)
+        torch.testing.assert_close(y, torch.matrix_exp(-S) @ v, rtol=1e-8, atol=1e-8)
+    eye = ritz.operators.Identity(5, dtype=dtype)
+    y = ritz.funm_multiply(ritz.functions.exp, eye, torch.ones(5, dtype=dtype), method=ritz.Chebyshev(8))
+    torch.testing.assert_close(y, torch.full((5,), math.e, dtype=dtype))
+
+
+def test_a_budget_is_refused_where_nothing_is_bounded_by_it() -> None:
+    _, S, v = problem(True)
+    A = ritz.aslinearoperator(S)
+    for method in (
+        ritz.Chebyshev(),
+        ritz.ShiftInvert(),
+        ritz.Lanczos(reorthogonalize=False, two_pass=True),
+    ):
+        with pytest.raises(OperandError, match="no bases to bound"):
+            ritz.expm_multiply(A, v, method=method, memory_budget=10**6)
+
+
+def test_the_resolvent_of_a_matrix_far_from_normal_is_not_believed() -> None:
+    v = torch.randn(N, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for n, error in ((30, ConvergenceError), (N, (ConvergenceError, DomainError))):
+        A = ritz.aslinearoperator(NASTY["far from normal"][:n, :n].contiguous(), hermitian=False)
+        with pytest.raises(error, match="stagnated|far from normal"):
+            ritz.expm_multiply(A, v[:n], 1.0, method=ritz.ShiftInvert(), on_failure="raise")
 
 
 # -- shift and invert ----------------------------------------------------------------------------------------------

@@ -39,7 +39,8 @@ class Diffusion(StencilOperator):
             a list of these, one per axis: ∂_a(c_a ∂_a u) summed over the axes;
             a tensor (ndim, ndim, *grid.shape): a symmetric positive semidefinite tensor K at every node, ∇·(K∇u);
             a callable (an ``nn.Module`` as well) of positions (m, ndim), returning (m,) or (m, 1): c at the midpoints
-            of the faces. It is called once, here: make the operator anew after every step of an optimizer.
+            of the faces. It is called once, here: make the operator anew after every step of an optimizer. (A network
+            for K or for one c per axis: give its values at ``grid.coordinates()`` as tensors.)
         grid: where, and with which borders. On "neumann" borders the flux n·K∇u is zero, on "dirichlet" ones u is.
         mean: of node values at faces: "arithmetic", or "harmonic" where c jumps and flows in series.
         negative: the sign; −∇·(c∇u) has psd=True, so that CG, Cholesky and A^{1/2} take it.

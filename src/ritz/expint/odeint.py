@@ -50,7 +50,7 @@ def odeint(
     t: Tensor | Sequence[float],
     *,
     linear: Any = None,
-    method: Fixed = EXPRB43(),
+    method: Fixed | None = None,
     rtol: float | None = None,
     atol: float | None = None,
     num_steps: int | None = None,
@@ -73,7 +73,7 @@ def odeint(
         y0: tensor of any shape, or a tuple (dict, list) of tensors, then func returns such a one.
         t: (T,), strictly increasing or strictly decreasing.
         linear: A, an operator or what ``ritz.aslinearoperator`` takes, (n, n) on the flattened y.
-        method: ``EXPRB43()``, ``EXPRB53()`` (adaptive), ``ETDRK4()``, ``ExponentialEuler()`` (these need
+        method: ``EXPRB43()`` (None), ``EXPRB53()`` (adaptive), ``ETDRK4()``, ``ExponentialEuler()`` (these need
             ``num_steps``, and ETDRK4 ``linear``).
         rtol, atol: an adaptive step's error estimate stays below atol + rtol·|y|, in the root mean square; 1e-7 and
             1e-9 in float64, 1e-4 and 1e-6 in float32.
@@ -116,6 +116,7 @@ def odeint(
         >>> round(y[-1].item(), 6)
         0.5
     """
+    method = EXPRB43() if method is None else method
     times, numbers = as_grid(t)
     y, unravel = ravel(y0)
     check_state(y)

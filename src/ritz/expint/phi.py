@@ -14,7 +14,7 @@ from ..functions.inputs import one_time
 from ..functions.space import choose
 from ..functions.table import table_multiply
 from ..functions.timed import PhiTerm
-from ..methods import Auto, Frechet, GradientRule, KrylovMethod, Lanczos
+from ..methods import Arnoldi, Auto, Frechet, GradientRule, KrylovMethod, Lanczos
 from ..numerics import as_block
 from ..operators import LinearOperator, aslinearoperator
 from ..operators.base import Gradients
@@ -34,8 +34,9 @@ def phi_multiply(
     """Σ_j t^j φ_j(tA) b_j: the solution at time t of y' = A y + Σ_{j≥1} t^{j−1}/(j−1)! b_j, y(0) = b_0.
 
     φ₀ = exp and φ_{j+1}(z) = (φ_j(z) − 1/j!)/z. A Hermitian A with a real t runs Lanczos from all b_j at once, which
-    share every product. Otherwise one Arnoldi run of [[A, W], [0, J]] from (b_0, e_p) does, with W = (b_p … b_1) scaled
-    to norm one and J the shift: p numbers more than n, whatever p.
+    share every product. Otherwise, or where ``max_matvecs`` do not suffice for that, one Arnoldi run of
+    [[A, W], [0, J]] from (b_0, e_p) does, in substeps if need be, with W = (b_p … b_1) scaled to norm one and J the
+    shift: p numbers more than n, whatever p.
 
     Args:
         A: square operator (n, n).
@@ -62,6 +63,7 @@ def phi_multiply(
     time = one_time(t, A)
     chosen = choose(A, method)
     shared = isinstance(chosen, Lanczos) and len(blocks) > 1 and (A.dtype.is_complex or not time.is_complex())
+    spent = 0
     if shared and isinstance(gradient, Frechet) and isinstance(chosen, Lanczos):
         terms = [(j, b) for j, b in enumerate(blocks) if b is not None]
         s = time.detach().item()
@@ -72,15 +74,20 @@ def phi_multiply(
             time,
             method=chosen,
             gradient=gradient,
-            on_failure=on_failure,
+            on_failure="ignore" if chosen.num_matvecs is None else on_failure,
             what="Σ t^j φ_j(tA) b_j",
         )  # type: ignore[arg-type]
+        if not info.status.success:  # too long a time for one space: by substeps
+            spent, shared = info.num_matvecs, False
+            method = Arnoldi(rtol=chosen.rtol, max_matvecs=chosen.max_matvecs)
     else:
+        shared = False
+    if not shared:
         options = {"method": method, "gradient": gradient, "return_info": True, "on_failure": on_failure}
         columns = zip(*[[None] * given_columns(given) if b is None else b.unbind(1) for b in blocks], strict=True)
         outs = [_augmented(A, list(column), time, options) for column in columns]
         Y, info = torch.stack([y for y, _ in outs], 1), outs[0][1]
-        info.num_matvecs = sum(i.num_matvecs for _, i in outs)
+        info.num_matvecs = spent + sum(i.num_matvecs for _, i in outs)
     Y = Y.squeeze(1) if given[0].ndim == 1 else Y
     return (Y, info) if return_info else Y
 

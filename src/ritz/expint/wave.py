@@ -70,7 +70,8 @@ def wave_multiply(
     if time.is_complex():
         raise OperandError("t is complex; expected a real time")
     s = float(time.detach())
-    table = [[Wave(0, s), Wave(1, s)], [Wave(2, s), Wave(0, s)]]
+    cos = Wave(0, s)
+    table = [[cos, Wave(1, s)], [Wave(2, s), cos]]
     if v0 is None:
         V = U.unsqueeze(1)
         table = [row[:1] for row in table]

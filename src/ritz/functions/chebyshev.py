@@ -9,24 +9,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..errors import DomainError, OperandError
+from ..krylov.lanczos import run_lanczos
 from ..methods import GradientRule, Unrolled
-from ..numerics import check_finite
+from ..numerics import check_finite, full_precision
 from ..operators.base import LinearOperator
 from ..pairing import Cotangents, Pair, Run
 from ..result import Info, OnFailure, Status, report
 from .frechet import compress
 from .scalar import Part, ScalarFunction
+from .space import decompose
 
 Product = Callable[[Tensor], Tensor]
 
 FIRST, CHUNK = 32, 16  # degrees that are tried first; vectors that are summed together
 COMPRESSION = {torch.float64: 1e-12, torch.complex128: 1e-12, torch.float32: 1e-7, torch.complex64: 1e-7}
+LOOK = 16  # Lanczos steps that estimate bounds
 GROWTH = 1.1  # ‖T_i(Â)v‖ ≤ ‖v‖ inside of the bounds; what exceeds it by this factor is outside
 
 
@@ -36,8 +39,10 @@ class Chebyshev:
 
     Args:
         num_terms: degree + 1 of the polynomial; None takes as many as ``rtol`` needs.
-        bounds: (a, b), which hold the whole spectrum of A; required. Widths that are too large cost products in
-            proportion; bounds that leave eigenvalues out are noticed and refused, as the recurrence grows there.
+        bounds: (a, b), which hold the whole spectrum of A. Widths that are too large cost products in proportion;
+            bounds that leave eigenvalues out are noticed and refused, as the recurrence grows there. None estimates
+            them by 16 Lanczos steps from a fixed random vector, the last residual's norm added at both ends (Zhou, Li
+            2011); give them where they are known, or where f has a singularity near the spectrum.
         rtol: where the coefficients are cut, relative to the largest; None is 1e-10 (float64) or 1e-5 (float32).
         max_terms: limit of an adaptive degree.
 
@@ -53,7 +58,7 @@ class Chebyshev:
     def __post_init__(self) -> None:
         if self.num_terms is not None and self.num_terms < 1:
             raise OperandError(f"num_terms={self.num_terms}; expected at least 1, or None for an adaptive degree")
-        if self.bounds is None or not self.bounds[0] < self.bounds[1]:
+        if self.bounds is not None and not self.bounds[0] < self.bounds[1]:
             raise OperandError(
                 f"bounds={self.bounds}; expected (a, b) with a < b that hold the spectrum of the operator"
             )
@@ -81,6 +86,7 @@ def chebyshev_multiply(
         raise OperandError(f"Chebyshev(...) came with {A!r}; expected a Hermitian operator (Arnoldi() serves others)")
     check_finite(V, "B")
     A = A if A.hermitian else A.declare(hermitian=True)
+    method, spent = _bounded(A, method)
     parts = _parts(functions, method, V)
     rtol, m = method.tolerance(V.dtype), V.shape[1]
     C, error = _coefficients([f for _, f in parts], method, rtol)
@@ -95,7 +101,8 @@ def chebyshev_multiply(
         (sums,) = _recurrence(run.matmat, V.detach(), jobs, method)
         values = _join(sums[: len(parts)], parts)
         status = Status.FIXED if method.num_terms else Status.CONVERGED if error <= rtol else Status.MAX_STEPS
-        info = Info(method, run.num_matvecs, degree, torch.full((m,), error, dtype=torch.float64), status=status)
+        residual = torch.full((m,), error, dtype=torch.float64)
+        info = Info(method, spent + run.num_matvecs, degree, residual, status=status)
         report(info, what="f(A)v", target=rtol, on_failure=on_failure)
         if not wanted:
             return values, info
@@ -122,6 +129,20 @@ def chebyshev_multiply(
         return Cotangents([Pair(_columns(Lam))], [V_bar, *rest])
 
     return list(run.attach(values, rule, [_columns(W)], name="f(A)v by Chebyshev")), info
+
+
+def _bounded(A: LinearOperator, method: Chebyshev) -> tuple[Chebyshev, int]:
+    """The method with bounds, and the products that were spent on them."""
+    if method.bounds is not None:
+        return method, 0
+    n = A.shape[0]
+    start = torch.randn(n, 1, generator=torch.Generator().manual_seed(0)).to(A.device, A.dtype)
+    with torch.no_grad(), full_precision():
+        state = run_lanczos(A._matmat, start, min(LOOK, n))
+    ritz, slack = decompose(state).ritz, float(state.beta[0, -1])
+    rounding = 100 * torch.finfo(A.dtype).eps * max(float(ritz.abs().max()), torch.finfo(A.dtype).tiny)
+    low, high = float(ritz.min()) - slack - rounding, float(ritz.max()) + slack + rounding
+    return replace(method, bounds=(0.0 if A.psd and low < 0 < high else low, high)), int(state.depth)
 
 
 Parts = list[tuple[int, ScalarFunction]]
@@ -219,7 +240,7 @@ def _recurrence(matmat: Product, V: Tensor, jobs: Sequence[Job], method: Chebysh
     a, b = method.bounds
     mid, half = 0.5 * (a + b), 0.5 * (b - a)
     degree = jobs[0][1].shape[1]
-    rows = [C.to(V.dtype) if V.is_complex() else C.real.to(V.dtype) for _, C in jobs]
+    rows = [(C if V.is_complex() else C.real).to(V.device, V.dtype) for _, C in jobs]
     sums = [V.new_zeros(len(C), V.shape[0] * len(range(V.shape[1])[c])) for c, C in jobs]
     limit = GROWTH * torch.linalg.vector_norm(V, dim=0)
     before, now, chunk, first = V, V, [], 0

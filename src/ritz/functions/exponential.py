@@ -28,7 +28,7 @@ from .inputs import as_times
 from .multiply import multiply
 from .scalar import Exp, ScalarFunction
 from .shift_invert import SHARE, OfInverse, ShiftInvert, resolvent
-from .space import FIRST, Space, check_rule, choose, decompose, error_estimate, first_look
+from .space import FIRST, GeneralSpace, Space, check_rule, choose, decompose, error_estimate, first_look
 
 ExponentialMethod = KrylovMethod | Chebyshev | ShiftInvert
 
@@ -67,9 +67,9 @@ def expm_multiply(
             recurrence, Arnoldi spaces of at most 40 vectors, and ShiftInvert() where A is Hermitian and sparse, SciPy
             is there, and eight Lanczos steps estimate that tA decays with a rate above 10⁴.
         gradient: as in :func:`funm_multiply`.
-        memory_budget: bytes for bases; substeps then keep their starting vectors only, and make their spaces anew in
-            backward (half as many products more). ``Lanczos(reorthogonalize=False, two_pass=True)`` has no bases: it
-            takes twice the products, no substeps, and no notice of a budget.
+        memory_budget: bytes for bases of ``Lanczos`` and ``Arnoldi``; substeps then keep their starting vectors only,
+            and make their spaces anew in backward. ``Lanczos(reorthogonalize=False, two_pass=True)`` has no bases: it
+            takes twice the products and no substeps.
         return_info, on_failure: as in :func:`funm_multiply`.
 
     Returns:
@@ -89,7 +89,9 @@ def expm_multiply(
     V = as_block(B, A.shape[0], "B", dtype=A.dtype, device=A.device)
     grid = times.reshape(-1)
     numbers = grid.detach().tolist()
-    chosen = _choose(A, method, V, numbers)
+    chosen = _choose(A, method, V, numbers, factor=memory_budget is None)
+    if memory_budget is not None and (not isinstance(chosen, (Lanczos, Arnoldi)) or getattr(chosen, "two_pass", False)):
+        raise OperandError(f"memory_budget={memory_budget} came with {chosen!r}, which has no bases to bound; drop it")
     if isinstance(chosen, Chebyshev):
         exps = [Exp(s) for s in numbers]
         outs, info = chebyshev_multiply(exps, A, V, grid, chosen, gradient, on_failure)
@@ -97,7 +99,7 @@ def expm_multiply(
         outs, info = _by_resolvent(A, V, grid, numbers, chosen, gradient, on_failure)
     else:
         check_rule(gradient, chosen)
-        if memory_budget is not None and not (isinstance(chosen, Lanczos) and chosen.two_pass):
+        if memory_budget is not None:
             chosen = _within(chosen, memory_budget, V)
         outs, info = _evaluate(A, V, grid, numbers, chosen, gradient, on_failure, keep=memory_budget is None)
     Y = torch.stack(outs)
@@ -107,8 +109,9 @@ def expm_multiply(
 
 
 def _choose(
-    A: LinearOperator, method: ExponentialMethod, V: Tensor, numbers: Sequence[complex | float]
+    A: LinearOperator, method: ExponentialMethod, V: Tensor, numbers: Sequence[complex | float], factor: bool
 ) -> Lanczos | Arnoldi | Chebyshev | ShiftInvert:
+    """``factor``: whether a factorisation of A may be made, whose memory nobody bounds."""
     if isinstance(method, (Chebyshev, ShiftInvert)):
         return method
     if not isinstance(method, Auto) or A.shape[0] < LARGE:
@@ -116,7 +119,7 @@ def _choose(
     if not A.hermitian:
         return Arnoldi(max_matvecs=SHORT)
     real = [s for s in numbers if not isinstance(s, complex)]
-    if len(real) == len(numbers) and real and (min(real) >= 0 or max(real) <= 0) and _is_stiff(A, V, real):
+    if factor and len(real) == len(numbers) and real and (min(real) >= 0 or max(real) <= 0) and _is_stiff(A, V, real):
         return ShiftInvert()
     return Lanczos(reorthogonalize=False)
 
@@ -154,7 +157,18 @@ def _by_resolvent(
     krylov = method.krylov or (Lanczos() if A.hermitian else Arnoldi())
     some = [i for i, s in enumerate(real) if s != 0] or list(range(len(real)))
     functions = [OfInverse(Exp(real[i]), gamma) for i in some]
-    outs, info = multiply(functions, B, V, grid[some], krylov, gradient, on_failure)
+    times = grid[some]
+
+    def refine(space: Space, error: Tensor, status: Status) -> Any:
+        if isinstance(space, GeneralSpace):
+            # Where A is far from normal, ‖B‖ is huge instead of about one, and its products err by that much rounding.
+            size = float(torch.linalg.matrix_norm(space.H, 2).amax()) if len(error) else 0.0
+            rounding = torch.finfo(V.dtype).eps * size
+            error = error.clamp(min=rounding)
+            status = Status.STAGNATED if rounding > krylov.tolerance(V.dtype) else status
+        return functions, times, error, status
+
+    outs, info = multiply(functions, B, V, None, krylov, gradient, on_failure, refine=refine)
     info.details["gamma"], info.method = gamma, method
     return _with_zeros(A, V, grid, real, dict(zip(some, outs, strict=True))), info
 
@@ -344,7 +358,8 @@ def _walk(
             quiet=True,
             first=first,
         )
-        first = first_look(info.depth)
+        step, rest = leg.end - here, total - leg.end
+        first = first_look(info.depth * min(1.0, rest / step)) if step > 0 else FIRST
         infos.append(info)
         if split:
             m = state.shape[1]

@@ -171,7 +171,7 @@ def _frechet_rule(
         basis, m = space.basis, space.basis.shape[0]
         parts = real_parts(functions, cotangents, basis.is_complex())
         rest: tuple[Tensor | None, ...] = () if times is None else (None,)
-        if times is not None and times.requires_grad:
+        if times is not None and run.needs_input(1):
             rest = (_time_gradients(space, functions, times, cotangents),)
         if not parts:
             return Cotangents([None], [None, *rest])
@@ -182,15 +182,18 @@ def _frechet_rule(
         info.backward = info_of(backward, left, error, status, run.num_matvecs - before)
         report(info.backward, what="backward of f(A)v", target=backward.tolerance(basis.dtype), on_failure=on_failure)
         lefts, rights = [], []
-        bars = torch.zeros_like(G[:, :m]) if run.inputs[0].requires_grad else None
+        bars = torch.zeros_like(G[:, :m]) if run.needs_input(0) else None
         for i, (f, _) in enumerate(parts):
             some = select(left, slice(i * m, (i + 1) * m))
-            X = frechet.core(some, space, f, index[i * m : (i + 1) * m])
-            low = frechet.compress(X, gradient.tolerance(basis.dtype, smallest(error)))
-            lefts.append(low.left.to(basis.dtype).mT @ some.basis)
-            rights.append(low.right)
             if bars is not None:
                 bars += combine(some.basis, conjugate_small(some, f)).to(bars.dtype)
+            if run.needs_operator():
+                X = frechet.core(some, space, f, index[i * m : (i + 1) * m])
+                low = frechet.compress(X, gradient.tolerance(basis.dtype, smallest(error)))
+                lefts.append(low.left.to(basis.dtype).mT @ some.basis)
+                rights.append(low.right)
+        if not lefts:
+            return Cotangents([None], [bars, *rest])
         block = basis if isinstance(forward, Tensor) else None
         return Cotangents([Pair(torch.cat(lefts, 1), torch.cat(rights, 2), block)], [bars, *rest])
 

@@ -71,8 +71,9 @@ def _positive(ritz: Tensor, name: str, zero: bool = False) -> None:
     smallest = float(ritz.min()) if ritz.numel() else 1.0
     if not (smallest > 0 or zero and smallest == 0):
         raise DomainError(
-            f"{name} was asked of an operator with Ritz value {smallest:.6g}; expected all eigenvalues > 0: add "
-            f"a shift (A.shift(sigma) with sigma > {max(-smallest, 0.0):.3g}), or check that it is positive definite"
+            f"{name} was asked of an operator with Ritz value {smallest:.6g}; expected all eigenvalues "
+            f"{'>=' if zero else '>'} 0: add a shift (A.shift(sigma) with sigma > {max(-smallest, 0.0):.3g}), or check "
+            f"that it is positive {'semidefinite and declare psd=True' if zero else 'definite'}"
         )
 
 
@@ -86,9 +87,9 @@ class Exp(ScalarFunction):
         return torch.exp(self.scale * x)
 
     def onset(self, low: float, high: float) -> float:
-        # The Chebyshev coefficients are Bessel functions of this half-width, J_k or I_k e^{−z}.
-        z = 0.5 * abs(self.scale) * (high - low)
-        return z if isinstance(self.scale, complex) and self.scale.imag else math.sqrt(z)
+        # The Chebyshev coefficients are Bessel functions of z = scale times the half-width, J_k(z) or I_k(z) e^{−z}.
+        z = 0.5 * (high - low)
+        return z * abs(self.scale.imag) + math.sqrt(z * abs(self.scale.real))
 
     def divided_difference(self, a: Tensor, b: Tensor) -> Tensor:
         a, b = self.scale * a, self.scale * b
@@ -266,9 +267,6 @@ class Custom(ScalarFunction):
     """Any callable on a tensor of eigenvalues; derivatives by autograd, divided differences by the generic rule."""
 
     fn: Callable[[Tensor], Tensor]
-
-    def __hash__(self) -> int:
-        return id(self.fn)  # a callable may have no hash of its own
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self.fn(x)

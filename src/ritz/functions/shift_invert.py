@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import OperandError
+from ..errors import DomainError, OperandError
 from ..methods import Arnoldi, Lanczos
 from ..operators.assemble import Assembled, assemble
 from ..operators.base import Gradients, LinearOperator
@@ -70,7 +70,13 @@ class OfInverse(ScalarFunction):
 
     def matrix(self, H: Tensor) -> Tensor:
         eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
-        return self.f.matrix((eye - torch.linalg.inv(H)) / self.gamma)
+        inverse, singular = torch.linalg.inv_ex(H)
+        if bool(singular.any()):
+            raise DomainError(
+                "the small matrix of (I − γA)⁻¹ is singular: A is far from normal, and rounding as large as the result; "
+                "use Arnoldi()"
+            )
+        return self.f.matrix((eye - inverse) / self.gamma)
 
     def in_time(self) -> ScalarFunction:
         return OfInverse(self.f.in_time(), self.gamma)

@@ -38,7 +38,7 @@ class HermitianSpace:
     state: LanczosState
     ritz: Tensor  # w (m, k)
     vectors: Tensor  # U (m, k, k), real
-    _known: dict[ScalarFunction, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _known: dict[int, tuple[ScalarFunction, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def basis(self) -> Tensor:
@@ -52,34 +52,39 @@ class HermitianSpace:
     @cached_property
     def low(self) -> float:
         """The smallest Ritz value."""
-        return float(self.ritz.min()) if self.ritz.numel() else 0.0
+        return float(self._live.min()) if self._live.numel() else 0.0
 
     @cached_property
     def high(self) -> float:
         """The largest Ritz value."""
-        return float(self.ritz.max()) if self.ritz.numel() else 0.0
+        return float(self._live.max()) if self._live.numel() else 0.0
+
+    @cached_property
+    def _live(self) -> Tensor:
+        """The Ritz values of the starts that are not zero."""
+        live = self.state.depth > 0
+        return self.ritz if bool(live.all()) else self.ritz[live]
 
     def without_rounding(self) -> HermitianSpace:
         """The space of a positive semidefinite operator: Ritz values that are negative by rounding become zero."""
         if not self.ritz.numel():
             return self
-        error = PSD_ROUNDING * torch.finfo(self.basis.dtype).eps * self.ritz.abs().max()
+        error = PSD_ROUNDING * torch.finfo(self.basis.dtype).eps * self.ritz.abs().amax(1, keepdim=True)
         ritz = torch.where((self.ritz < 0) & (self.ritz >= -error), 0.0, self.ritz)
         return HermitianSpace(self.state, ritz, self.vectors)
 
     def small(self, f: ScalarFunction) -> Tensor:
         """‖v‖ f(T) e₁, (m, k); kept, since the error estimate, the value and the gradient ask for the same."""
-        found = self._known.get(f)
-        if found is None:
-            found = self._known[f] = _apply(self.vectors, f(self.ritz) * self.first)
-        return found
+        if id(f) not in self._known:  # with f, so that nobody else gets its number
+            self._known[id(f)] = f, _apply(self.vectors, f(self.ritz) * self.first)
+        return self._known[id(f)][1]
 
     def check_domain(self, functions: Sequence[ScalarFunction]) -> None:
         """Raise DomainError where a Ritz value lies outside of a function's domain."""
         ritz = self.ritz[self.state.depth > 0]
         for f in functions:
             f.check_domain(ritz)
-            if f in self._known and math.isfinite(float(self._known[f].abs().sum())):
+            if id(f) in self._known and math.isfinite(float(self.small(f).abs().sum())):
                 continue  # it was made of all values
             bad = ~torch.isfinite(f(ritz).abs())
             if bool(bad.any()):
@@ -171,6 +176,11 @@ def check_rule(gradient: object, method: Lanczos | Arnoldi) -> None:
     """Raise unless ``gradient`` is a rule that fits the method of the forward pass."""
     if not isinstance(gradient, (Frechet, Adjoint, Unrolled)):
         raise OperandError(f"gradient={gradient!r}; expected Frechet(), Adjoint() or Unrolled()")
+    two_pass = isinstance(method, Lanczos) and method.two_pass
+    if two_pass and not isinstance(gradient, Frechet):
+        raise OperandError(f"gradient={gradient!r} came with {method!r}; expected Frechet(): there is no basis")
+    if isinstance(gradient, Frechet) and isinstance(gradient.method, Lanczos) and gradient.method.two_pass != two_pass:
+        raise OperandError(f"gradient={gradient!r} came with {method!r}; expected two_pass in both or in none")
     if isinstance(gradient, Frechet) and gradient.method is not None and type(gradient.method) is not type(method):
         raise OperandError(
             f"gradient={gradient!r} came with a forward pass by {method!r}; both Krylov spaces are of one kind: give "
@@ -225,7 +235,7 @@ def build(
         space = _space(state, psd)
         errors = _errors(space, functions)
         worst = max(errors, default=0.0)
-        if isinstance(space, HermitianSpace) and space.low < 0:
+        if isinstance(space, HermitianSpace) and space.low <= 0:
             space.check_domain(functions)  # the smallest Ritz value only falls with depth: no hope to wait for
         if worst <= rtol:
             return space, _tensor(errors, space), _status(space, Status.CONVERGED)
@@ -238,7 +248,7 @@ def build(
         state = loop(matmat, V, k, state=state, room=room, **options)
 
 
-def first_look(depth: int) -> int:
+def first_look(depth: float) -> int:
     """Steps before the first look at the error of a space, where one much like it needed this depth."""
     return max(FIRST, round(EARLY * depth))
 
@@ -250,7 +260,7 @@ def _more(k: int, error: float, before: tuple[int, float] | None, rtol: float, o
     """
     most = max(2, k // 2)
     if error > 0.3 and onset > k:
-        return min(math.ceil(1.25 * onset) + 2, 4 * k) - k
+        return math.ceil(min(1.25 * onset + 2, 4 * k)) - k
     if before is None or not error < before[1] < math.inf or error > 0.3:
         return most
     rate = math.log(before[1] / error) / (k - before[0])

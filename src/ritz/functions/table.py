@@ -54,7 +54,7 @@ def table_multiply(
         check_psd(A, space, info, on_failure)
         if not run.wants_gradient():
             return values, info
-        rule = _rule(run, space, table, m, V.requires_grad, t, method, gradient, info, on_failure, what)
+        rule = _rule(run, space, table, m, t, method, gradient, info, on_failure, what)
     block = space.basis.reshape(m, J * space.basis.shape[1], n)
     return list(run.attach(values, rule, [block], name=what)), info
 
@@ -112,7 +112,6 @@ def _rule(
     space: Space,
     table: Table,
     m: int,
-    V_wants: bool,
     t: Tensor,
     method: Lanczos | Arnoldi,
     gradient: Frechet,
@@ -128,7 +127,7 @@ def _rule(
         live = [(p, g) for p, g in enumerate(cotangents) if g is not None and bool((g != 0).any())]
         if not live:
             return Cotangents([None], [None, None])
-        t_bar = _time_gradient(space, table, t, live) if t.requires_grad else None
+        t_bar = _time_gradient(space, table, t, live) if run.needs_input(1) else None
         P = len(live)
         G = torch.stack([g for _, g in live], 2).reshape(-1, m * P)
         functions = list(dict.fromkeys(f for p, _ in live for f in table[p] if f is not None))
@@ -138,18 +137,21 @@ def _rule(
         report(info.backward, what=f"backward of {what}", target=backward.tolerance(G.dtype), on_failure=on_failure)
         ku = left.basis.shape[1]
         X = torch.zeros(m, P * ku, J * k, dtype=torch.float64, device=G.device)
-        V_bar = torch.zeros(basis.shape[2], J, m, dtype=basis.dtype, device=G.device) if V_wants else None
+        V_bar = torch.zeros(basis.shape[2], J, m, dtype=basis.dtype, device=G.device) if run.needs_input(0) else None
         index = torch.arange(m, device=G.device) * J
         for i, (p, _) in enumerate(live):
             some = select(left, slice(i, None, P))
             for j, f in enumerate(table[p]):
                 if f is None:
                     continue
-                part = frechet.core(some, space, f, index + j)
-                X = X.to(part.dtype)
-                X[:, i * ku : (i + 1) * ku, j * k : (j + 1) * k] = part
                 if V_bar is not None:
                     V_bar[:, j] += combine(some.basis, conjugate_small(some, f))
+                if run.needs_operator():
+                    part = frechet.core(some, space, f, index + j)
+                    X = X.to(part.dtype)
+                    X[:, i * ku : (i + 1) * ku, j * k : (j + 1) * k] = part
+        if not run.needs_operator():
+            return Cotangents([None], [V_bar, t_bar])
         low = frechet.compress(X, gradient.tolerance(basis.dtype, smallest(error)))
         Lam = low.left.to(basis.dtype).mT @ left.basis.reshape(m, P * ku, -1)
         return Cotangents([Pair(Lam, low.right)], [V_bar, t_bar])

@@ -37,10 +37,7 @@ def two_pass_multiply(
     Cost: 2k products; backward 2k' + k more of the widths of the cotangents and of V. Memory: about 4 vectors per
         column and one per function; backward about 20 per column.
     """
-    if not isinstance(gradient, Frechet):
-        raise OperandError(
-            f"gradient={gradient!r} came with {method!r}; a basis that is not kept allows Frechet() only"
-        )
+    assert isinstance(gradient, Frechet)  # check_rule has seen to it
     A = as_hermitian(A, method)
     with Run(A, V) as run:
         space, error, status = build(run.matmat, V.detach(), method, functions, run=run_without_basis, psd=A.psd)
@@ -97,7 +94,9 @@ def _rule(
     def rule(*cotangents: Tensor | None) -> Cotangents:
         before = run.num_matvecs
         parts = real_parts(functions, cotangents, V.is_complex())
-        rest = () if times is None else (_time_gradients(run, V, space, functions, times, cotangents),)
+        rest: tuple[Tensor | None, ...] = () if times is None else (None,)
+        if times is not None and run.needs_input(1):
+            rest = (_time_gradients(run, V, space, functions, times, cotangents),)
         if not parts:
             return Cotangents([None], [None, *rest])
         G = torch.cat([g for _, g in parts], 1)
@@ -109,19 +108,25 @@ def _rule(
         lefts, rights, bars = [], [], []
         for i, (f, _) in enumerate(parts):
             some = select(left, slice(i * m, (i + 1) * m))
-            low = frechet.compress(frechet.core(some, space, f, index), gradient.tolerance(V.dtype, smallest(error)))
             bars.append(some.small(f).conj().unsqueeze(2).to(wide))
+            if not run.needs_operator():
+                continue
+            low = frechet.compress(frechet.core(some, space, f, index), gradient.tolerance(V.dtype, smallest(error)))
             lefts.append(low.left.to(wide))
             rights.append(low.right.to(wide))
-        width = max(x.shape[2] for x in lefts)
-        Z = torch.cat([torch.cat([bar, _padded(x, width)], 2) for bar, x in zip(bars, lefts, strict=True)])
-        rows = _gather(adjoint, G, left, Z)  # (parts·m, 1 + width, n)
-        W = _gather(run.matmat, V, space, torch.cat([_padded(x, width) for x in rights], 2))
+        pair = None
+        if lefts:
+            width = max(x.shape[2] for x in lefts)
+            Z = torch.cat([torch.cat([bar, _padded(x, width)], 2) for bar, x in zip(bars, lefts, strict=True)])
+            rows = _gather(adjoint, G, left, Z)  # (parts·m, 1 + width, n)
+            W = _gather(run.matmat, V, space, torch.cat([_padded(x, width) for x in rights], 2))
+            pair = Pair(torch.cat([x[:, 1:] for x in rows.split(m)], 1) if m else rows[:, 1:], None, W)
+        else:
+            rows = _gather(adjoint, G, left, torch.cat(bars))
         info.backward = info_of(backward, left, error, status, run.num_matvecs - before)
         report(info.backward, what="backward of f(A)v", target=backward.tolerance(V.dtype), on_failure=on_failure)
-        V_bar = rows[:, 0].reshape(len(parts), m, -1).sum(0).mT
-        Lam = torch.cat([x[:, 1:] for x in rows.split(m)], 1)
-        return Cotangents([Pair(Lam, None, W)], [V_bar, *rest])
+        V_bar = rows[:, 0].reshape(len(parts), m, V.shape[0]).sum(0).mT
+        return Cotangents([pair], [V_bar, *rest])
 
     return rule
 
@@ -137,10 +142,8 @@ def _time_gradients(
     functions: Sequence[ScalarFunction],
     times: Tensor,
     cotangents: Sequence[Tensor | None],
-) -> Tensor | None:
-    """t̄_p = ⟨A e^{t_p A} V, g_p⟩; only where somebody asks, since it is one more pass."""
-    if not times.requires_grad:
-        return None
+) -> Tensor:
+    """t̄_p = ⟨A e^{t_p A} V, g_p⟩, by one more pass."""
     given = {i: g for i, g in enumerate(cotangents) if g is not None}
     slopes = _values(run.matmat, V, space, [space.small(functions[i].in_time()) for i in given]) if given else []
     total = torch.zeros(len(functions), dtype=times.dtype, device=times.device)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..numerics import in_transform
+from . import one
 from .adjoint import Product, adjoint_one_pass, adjoint_orthonormal, mask_rows
 from .orthogonalize import basis_of, columns, norms, project_out, safe_norms
 from .progress import progress
@@ -58,6 +60,8 @@ def run_arnoldi(
     if k <= first:
         raise ValueError(f"k = {k} steps were asked for; expected k >= {first + 1}")
     Q, H = basis_of(V, k, room, None if state is None else state.Q), V.new_zeros(m, k, k)
+    if one.fits(V, reorthogonalize=True) and not in_transform():
+        return _run_one(matmat, V, Q, H, first, 2 if reorthogonalize else 1, state)
     if state is None:
         W, norm = V.mT, safe_norms(V.mT)
         run = progress(norm)
@@ -87,6 +91,29 @@ def run_arnoldi(
         H.diagonal(dim1=1, dim2=2).copy_(torch.where(past, H[:, 0, :1], H.diagonal(dim1=1, dim2=2)))
         W = W * run.live.unsqueeze(1)
     return ArnoldiState(Q, H, W, norm, depth)
+
+
+def _run_one(
+    matmat: Product, V: Tensor, Q: Tensor, H: Tensor, first: int, passes: int, state: ArnoldiState | None
+) -> ArnoldiState:
+    k = Q.shape[1]
+    if state is None:
+        w, largest = V[:, 0], 0.0
+        length = one.start_norm(w)
+        norm = torch.tensor([length], dtype=V.dtype)
+    else:
+        w, norm, length = state.residual[0], state.norm, one.norm(state.residual[0])
+        H[0, :first, :first] = state.H[0]
+        H[0, first, first - 1] = length
+        largest = float(_largest(state.H, torch.tensor([length], dtype=V.dtype)))
+    w, steps, length = one.arnoldi_steps(matmat, Q[0], H[0], first, w, length, largest, passes=passes)
+    depth = steps if state is None else int(state.depth) + steps
+    if depth < k:
+        Q[:, depth:] = 0
+        H[0].diagonal()[depth:] = H[0, 0, 0].clone()
+    if not length > 0:
+        w = torch.zeros_like(w)
+    return ArnoldiState(Q, H, w.unsqueeze(0), norm, torch.tensor([depth]))
 
 
 def _largest(H: Tensor, last: Tensor) -> Tensor:

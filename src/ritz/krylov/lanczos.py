@@ -6,7 +6,6 @@ Derivation of the adjoint: docs/derivations/lanczos.md.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,7 @@ from ..numerics import in_transform
 from . import one
 from .adjoint import Product, adjoint_orthonormal, guarded, mask_rows, real_dots, start_gradient
 from .orthogonalize import basis_of, columns, dots, norms, project_out, safe_norms
-from .progress import bad_start, progress
+from .progress import progress
 
 
 @dataclass(frozen=True)
@@ -105,11 +104,7 @@ def _run_one(
     k = Q.shape[1]
     if state is None:
         w, largest = one.as_real(V[:, 0]), 0.0
-        length = one.norm(w)
-        if not 1e-120 < length < 1e120:  # zero, or squares that over- or underflow
-            length = safe_norms(V.mT).item()
-            if not math.isfinite(length):
-                raise bad_start()
+        length = one.start_norm(w)
         norm = torch.tensor([length], dtype=V.dtype.to_real())
     else:
         w, norm, length = one.as_real(state.residual[0]), state.norm, state.beta[0, -1].item()

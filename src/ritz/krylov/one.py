@@ -1,8 +1,8 @@
-"""The Lanczos loop of a single vector on the CPU, where every call from Python is felt.
+"""The Lanczos and Arnoldi loops of a single vector on the CPU, where every call from Python is felt.
 
-The same recurrence and the same numbers as the general loop, up to the order of a sum: half as many tensor operations,
+The same recurrences and the same numbers as the general loop, up to the order of a sum: half as many tensor operations,
 scalars as Python numbers. A step on n = 16 384 is a few products' worth of overhead otherwise. A complex vector is a
-real one of twice the length here: the recurrence has real coefficients, and Re xᴴy is the dot product of the two.
+real one of twice the length to Lanczos: the recurrence has real coefficients, and Re xᴴy is the dot product of the two.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .adjoint import Product
-from .orthogonalize import SHORT
-from .progress import BREAKDOWN, not_finite
+from .orthogonalize import SHORT, safe_norms
+from .progress import BREAKDOWN, bad_start, not_finite
 
 
 class Steps(NamedTuple):
@@ -79,6 +79,37 @@ def lanczos_steps(
     return Steps(w, alpha, beta)
 
 
+def arnoldi_steps(
+    matmat: Product, Q: Tensor, H: Tensor, first: int, w: Tensor, length: float, largest: float, *, passes: int
+) -> tuple[Tensor, int, float]:
+    """Fill Q (k, n) from row ``first`` on and H (k, k); arguments as for Lanczos, ``passes`` of Gram–Schmidt.
+
+    Returns the last residual, the number of steps, and the residual's norm, zero where the iteration broke down.
+    """
+    rows, tol, k = Q.unbind(0), BREAKDOWN * torch.finfo(Q.dtype).eps, Q.shape[0]
+    j = first
+    while j < k and length > 0:
+        q, basis = rows[j], Q[: j + 1]
+        torch.div(w, length, out=q)
+        w = matmat(q.unsqueeze(1)).squeeze(1)
+        c = torch.mv(basis, w)
+        w = torch.addmv(w, basis.t(), c, alpha=-1)
+        for _ in range(passes - 1):
+            more = torch.mv(basis, w)
+            w.addmv_(basis.t(), more, alpha=-1)
+            c += more
+        H[: j + 1, j] = c
+        size, b = norm(c), norm(w)
+        if not math.isfinite(size + b):
+            raise not_finite(j + 1)
+        largest = max(largest, size + b)
+        length = b if b > tol * largest else 0.0
+        j += 1
+        if j < k:
+            H[j, j - 1] = length
+    return w, j - first, length
+
+
 def norm(w: Tensor) -> float:
     """‖w‖; by one dot product where squares neither over- nor underflow and float32 sums them well."""
     if w.dtype == torch.float64 or w.shape[0] <= SHORT:
@@ -86,3 +117,13 @@ def norm(w: Tensor) -> float:
         if 1e-25 < square < 1e25:
             return math.sqrt(square)
     return torch.linalg.vector_norm(w, dtype=torch.float64).item()
+
+
+def start_norm(w: Tensor) -> float:
+    """‖w‖ of a starting vector, without over- or underflow; raises where it is not a number of its precision."""
+    length = norm(w)
+    if not 1e-120 < length < 1e120:
+        length = safe_norms(w.unsqueeze(0)).item()
+    if not length <= torch.finfo(w.dtype).max:
+        raise bad_start()
+    return length

@@ -1,7 +1,8 @@
 """Lanczos without its basis: a first pass that keeps T alone, and a second one that combines the vectors as they pass.
 
 Twice the products for the memory of four blocks, whatever the depth. The second pass repeats the operations of the
-first with the numbers α and β that it left, hence makes the same vectors without a dot product.
+first with the numbers α and β that it left, hence makes the same vectors without a dot product. Where products are
+not repeatable to the bit (sums by atomic operations on a GPU) it drifts, as a plain recurrence does from its limit.
 Source: Borici 2000; Frommer, Simoncini 2008, "Matrix functions".
 """
 
