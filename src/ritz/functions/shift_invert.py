@@ -73,7 +73,7 @@ class OfInverse(ScalarFunction):
         inverse, singular = torch.linalg.inv_ex(H)
         if bool(singular.any()):
             raise DomainError(
-                "the small matrix of (I − γA)⁻¹ is singular: A is far from normal, and rounding as large as the result; "
+                "the small matrix of (I − γA)⁻¹ is singular: A is far from normal, rounding as large as the result; "
                 "use Arnoldi()"
             )
         return self.f.matrix((eye - inverse) / self.gamma)
