@@ -82,8 +82,10 @@ bench-curvature: $(BENCH_STAMP)  ## products and evidence of networks' curvature
 bench-laplace: $(BENCH_STAMP)  ## calibrated networks on six sets against their peers, about two hours
 	$(BENCH)/bin/python benchmarks/laplace_study.py
 
-bench-pde: $(BENCH_STAMP)  ## value and gradient through PDEs against ODE solvers, about an hour
+bench-pde: $(BENCH_STAMP)  ## value and gradient through PDEs against ODE solvers, about two hours
 	$(BENCH)/bin/python benchmarks/pde.py
+	$(BENCH)/bin/python benchmarks/pde_gradients.py
+	$(BENCH)/bin/python benchmarks/pde_train.py
 
 clean:  ## remove environments, caches and built files
 	rm -rf $(VENV) $(BENCH) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

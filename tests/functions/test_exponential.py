@@ -397,3 +397,59 @@ def test_backward_reports_what_it_misses() -> None:
     y = ritz.expm_multiply(A, v, 1.0, method=ritz.Arnoldi(max_matvecs=14), gradient=rule)
     with pytest.warns(ritz.ConvergenceWarning, match=r"backward of f\(A\)v: step limit reached"):
         y.sum().backward()
+
+
+def relative_to_dense(A: ritz.LinearOperator, v: Tensor, t: float, y: Tensor) -> float:
+    w, U = torch.linalg.eigh(A.to_dense().detach())
+    exact = U @ (torch.exp(t * w) * (U.mT @ v))
+    return float((y.detach() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("stiffness", [1e4, 1e5, 1e6, 1e7])
+def test_the_number_of_solves_does_not_grow_with_the_stiffness(stiffness: float) -> None:
+    """Half of the line diffuses slowly, the other one as fast as the stiffness says."""
+    n = 60
+    scale = stiffness / 4
+    values = scale * torch.ones(n + 1, dtype=torch.float64)
+    values[: n // 2] *= 10 / scale  # slow and fast halves
+    v = torch.sin(torch.linspace(0, 3, n, dtype=torch.float64))
+    A = laplacian(n, values)
+    y, info = ritz.expm_multiply(A, v, 1.0, method=ritz.ShiftInvert(), return_info=True, on_failure="raise")
+    assert relative_to_dense(A, v, 1.0, y) < 1e-8
+    assert info.depth <= 30
+
+
+def test_a_solver_of_ones_own_inside_of_the_resolvent() -> None:
+    n = 120
+    c = (1 + torch.rand(n + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    v = torch.sin(torch.linspace(0, 3, n, dtype=torch.float64))
+    A = 50.0 * laplacian(n, c)
+    calls = []
+
+    def by_conjugate_gradients(A: ritz.LinearOperator, gamma: float) -> Any:
+        M = (ritz.operators.Identity(n, dtype=torch.float64) - gamma * A).declare(hermitian=True, psd=True)
+        calls.append(gamma)
+        return lambda X: ritz.solve(M, X, method=ritz.CG(rtol=1e-13))
+
+    pair = lambda A, gamma: (by_conjugate_gradients(A, gamma),) * 2  # noqa: E731
+    exact = torch.matrix_exp(A.to_dense()) @ v
+    (wanted,) = torch.autograd.grad(exact.square().sum(), c, retain_graph=True)
+    for solver in (by_conjugate_gradients, pair):
+        y = ritz.expm_multiply(A, v, 1.0, method=ritz.ShiftInvert(solver=solver))
+        (got,) = torch.autograd.grad(y.square().sum(), c, retain_graph=True)
+        torch.testing.assert_close(y, exact, rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-8)
+    assert len(calls) == 2
+
+
+def test_shift_invert_of_a_sparse_operator_that_is_not_hermitian() -> None:
+    grid = ritz.expint.Grid((9, 8), border="dirichlet", spacing=0.1)
+    c = torch.full((9, 8), 2.0, dtype=torch.float64, requires_grad=True)
+    wind = torch.full((2, 9, 8), 3.0, dtype=torch.float64)
+    A = ritz.expint.Diffusion(c, grid) - ritz.expint.Advection(list(wind), grid)
+    v = torch.cos(torch.arange(72.0, dtype=torch.float64))
+    y = ritz.expm_multiply(A, v, 0.1, method=ritz.ShiftInvert(), on_failure="raise")
+    exact = torch.matrix_exp(0.1 * A.to_dense()) @ v
+    torch.testing.assert_close(y, exact, rtol=1e-8, atol=1e-9)
+    (got,), (wanted,) = (torch.autograd.grad(x.square().sum(), c) for x in (y, exact))
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-9)
