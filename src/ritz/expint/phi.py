@@ -74,8 +74,9 @@ def phi_multiply(
             time,
             method=chosen,
             gradient=gradient,
-            on_failure="ignore" if chosen.num_matvecs is None else on_failure,
+            on_failure=on_failure,
             what="Σ t^j φ_j(tA) b_j",
+            quiet=chosen.num_matvecs is None,
         )  # type: ignore[arg-type]
         if not info.status.success:  # too long a time for one space: by substeps
             spent, shared = info.num_matvecs, False
