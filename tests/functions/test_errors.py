@@ -57,7 +57,7 @@ def test_domain_of_an_indefinite_operator(name, output, A, v):
     """The smallest Ritz value is named, with a shift that would mend it; and the run ends at the first look."""
     counting = ritz.Counting(A.shift(-3.0))
     with pytest.raises(
-        DomainError, match=rf"{name.split('(')[0]}.*Ritz value -2\.\d+.*expected all eigenvalues >=? 0.*A\.shift\(sigma\)"
+        DomainError, match=rf"{name.split('(')[0]}.*Ritz value -2\.\d+.*all eigenvalues >=? 0.*A\.shift\(sigma\)"
     ):
         OUTPUTS[output](POSITIVE_ONLY[name], counting, v)
     assert counting.num_matvecs <= 12 * 10

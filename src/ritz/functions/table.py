@@ -40,7 +40,7 @@ def table_multiply(
     """y_p = Σ_j table[p][j](A) v_j for V (n, J, m): J vectors in each of m independent problems; y_p is (n, m).
 
     ``t`` (no dimension) is the time that the functions were made with; None in the table is zero. Gradients reach A's
-    tensors, V and t (through ``in_time`` of the functions). ``quiet`` leaves the report on the forward pass to the caller.
+    tensors, V and t (through ``in_time`` of the functions). ``quiet``: the caller reports on the forward pass.
     """
     n, J, m = V.shape
     check_finite(V, "the vectors")
