@@ -18,6 +18,10 @@ def by_hand(row: dict[str, Any]) -> bool:
     return any(word in row["setting"]["method"].lower() for word in HAND_WRITTEN)
 
 
+def compiled(record: dict[str, Any], row: dict[str, Any]) -> bool:
+    return record["contestant"] == "diffrax" and "ms" in row and by_hand(row)
+
+
 def products(row: dict[str, Any]) -> str:
     if row.get("forward") is None:
         return "–"
@@ -55,12 +59,11 @@ def ratios(records: list[dict[str, Any]]) -> list[str]:
     ]
     direct = [row for r in records if r["contestant"] == "direct" for row in good(r)]
     lines = []
-    if not ours or not packages:
-        return lines
-    best, who = min(packages, key=lambda pair: pair[0]["ms"])
     for row in ours:
-        route = row["setting"]["method"]
-        text = f"{route}: {best['ms'] / row['ms']:.2f} times as fast as the best package ({who}, {best['label']})"
+        text = f"{row['setting']['method']}: {row['ms']:.2f} ms"
+        if packages:
+            best, who = min(packages, key=lambda pair: pair[0]["ms"])
+            text += f"; {best['ms'] / row['ms']:.2f} times as fast as the best package ({who}, {best['label']})"
         for words, order in ((ORDER_5, 5), (ORDER_8, 8)):
             fewest = fewest_products(packages, words)
             if fewest and "product" in row["counted"]:
@@ -94,7 +97,7 @@ def markdown(result: dict[str, Any]) -> str:
         ]
         for r in records:
             for row in r["rows"]:
-                who = f"{r['contestant']}{' (hand-written in JAX)' if 'ms' in row and by_hand(row) else ''}"
+                who = f"{r['contestant']}{' (hand-written in JAX)' if compiled(r, row) else ''}"
                 if r["contestant"] == "direct":
                     who = "hand-written, direct solves"
                 if "failed" in row:
@@ -124,9 +127,11 @@ def figures(result: dict[str, Any], path: Path) -> None:
                 continue
             for row in good(r):
                 who = f"{r['contestant']}: {row['setting']['method']}, {row['setting']['gradient']}"
+                if r["contestant"] in ("torchdiffeq", "diffrax") and not by_hand(row):
+                    who += ", adaptive" if row["setting"]["steps"] is None else ", equal steps"
                 count = None if row.get("forward") is None else row["forward"] + row["backward"]
                 curves.setdefault(who, []).append((max(row["errors"]), row["ms"], count))
-        figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+        figure, axes = plt.subplots(1, 2, figsize=(15, 5), layout="constrained")
         for i, (who, points) in enumerate(sorted(curves.items())):
             points.sort()
             style = {
@@ -141,7 +146,7 @@ def figures(result: dict[str, Any], path: Path) -> None:
         for axis, label in zip(axes, ("ms, value and gradient", "products, gradient included"), strict=True):
             axis.set(xlabel="larger relative error of u(t) and gradient", ylabel=label)
             axis.grid(True, which="both", alpha=0.2)
-        axes[0].legend(fontsize=6)
+        figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside right center")
         figure.suptitle(f"{name} {N} × {N}, {'t·ρ' if name.startswith('wave') else '‖tA‖'} = {scale:g}, {dtype}")
         figure.savefig(path.with_name(f"{path.stem}-{name}.png"), dpi=130)
         plt.close(figure)
