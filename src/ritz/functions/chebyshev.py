@@ -21,8 +21,9 @@ from ..numerics import check_finite, full_precision
 from ..operators.base import LinearOperator
 from ..pairing import Cotangents, Pair, Run
 from ..result import Info, OnFailure, Status, report
+from .composed import Part
 from .frechet import compress
-from .scalar import Part, ScalarFunction
+from .scalar import ScalarFunction
 from .space import decompose
 
 Product = Callable[[Tensor], Tensor]

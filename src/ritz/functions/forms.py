@@ -21,8 +21,9 @@ from ..pairing import Cotangents, Pair, Run
 from ..result import Info, OnFailure, Status, report
 from . import frechet
 from .adjoint import forms_by_adjoint
+from .composed import Part
 from .multiply import funm_multiply
-from .scalar import Part, ScalarFunction, as_function
+from .scalar import ScalarFunction, as_function
 from .space import (
     HermitianSpace,
     as_hermitian,

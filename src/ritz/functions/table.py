@@ -19,7 +19,8 @@ from ..operators.base import LinearOperator
 from ..pairing import Cotangents, Pair, Run
 from ..result import Info, OnFailure, report
 from . import frechet
-from .scalar import Part, ScalarFunction
+from .composed import Part
+from .scalar import ScalarFunction
 from .space import GeneralSpace, HermitianSpace, Space, build, check_psd, combine, first_look, info_of, smallest
 
 Table = Sequence[Sequence[ScalarFunction | None]]

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..errors import OperandError
 from ..numerics import check_finite
 from ..operators.base import LinearOperator
-from .scalar import ScalarFunction, Shifted
+from .composed import Shifted
+from .scalar import ScalarFunction
 from .space import HermitianSpace, combine
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DomainError
+from .composed import Minus
 from .scalar import Exp, Phi, ScalarFunction, Times
 
 WAVE_ROUNDING = 1e-5  # relative to the largest: negative eigenvalues of a positive semidefinite operator by rounding
@@ -114,16 +115,6 @@ class Wave(ScalarFunction):
                 f"u'' = −A u came with an operator of Ritz value {smallest:.6g}; expected a positive semidefinite one "
                 "(the negative of a Laplacian): change its sign, or write a first-order system for ritz.expm_multiply"
             )
-
-
-@dataclass(frozen=True)
-class Minus(ScalarFunction):
-    """−f(x)."""
-
-    f: ScalarFunction
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return -self.f(x)
 
 
 def _sinc(z: Tensor) -> Tensor:
