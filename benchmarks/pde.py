@@ -37,8 +37,8 @@ MODULES = {
 }
 TARGET, CURVE = 1e-4, (1e-2, 1e-6, 1e-8)
 DEFAULT = ("wave", "wave-sharp", "heat", "schrodinger")
-# glibc would hand the memory of every call back to the system and fault it in again at the next: a third of the time of
-# whoever keeps more than 30 MB of states. For all contestants; other systems ignore it.
+# glibc would hand the memory of every call back to the system and fault it in again at the next, which costs whoever
+# keeps more than 30 MB of states or vectors. For all contestants; other systems ignore it.
 KEEP_FREED = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
 
 
