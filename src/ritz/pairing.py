@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import OperandError, SecondDerivativeError, TransformError
+from .errors import SecondDerivativeError, TransformError
 from .numerics import (
     FORWARD_REFUSED,
     VMAP_REFUSED,
@@ -396,9 +396,3 @@ def pair_by_autograd(
 
 def _zero_column(A: LinearOperator) -> Tensor:
     return torch.zeros(A.shape[1], 1, dtype=A.dtype, device=A.device)
-
-
-def check_square(A: LinearOperator, what: str) -> None:
-    """Raise unless A is square."""
-    if A.shape[0] != A.shape[1]:
-        raise OperandError(f"{what} needs a square operator; this one has shape {A.shape}")

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..errors import OperandError
 from ..numerics import check_finite
 from ..operators import LinearOperator, aslinearoperator
-from ..pairing import Cotangents, Pair, Run, check_square
+from ..operators.base import check_square
+from ..pairing import Cotangents, Pair, Run
 from ..result import Info, OnFailure, Status, report
 from ..solve import MINRES
 from ..solve.system import solve_columns

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import OperandError
 from ..functions import expm_multiply
+from ..functions.exponential import SHORT
 from ..functions.inputs import one_time
 from ..functions.space import choose
 from ..functions.table import table_multiply
@@ -18,7 +19,7 @@ from ..methods import Arnoldi, Auto, Frechet, GradientRule, KrylovMethod, Lanczo
 from ..numerics import as_block
 from ..operators import LinearOperator, aslinearoperator
 from ..operators.base import Gradients
-from ..result import OnFailure
+from ..result import OnFailure, Status
 
 
 def phi_multiply(
@@ -78,9 +79,9 @@ def phi_multiply(
             what="Σ t^j φ_j(tA) b_j",
             quiet=chosen.num_matvecs is None,
         )  # type: ignore[arg-type]
-        if not info.status.success:  # too long a time for one space: by substeps
+        if info.status is Status.MAX_STEPS and chosen.num_matvecs is None:  # too long a time for one space: by substeps
             spent, shared = info.num_matvecs, False
-            method = Arnoldi(rtol=chosen.rtol, max_matvecs=chosen.max_matvecs)
+            method = Arnoldi(rtol=chosen.rtol, max_matvecs=min(chosen.max_matvecs, SHORT))
     else:
         shared = False
     if not shared:

@@ -160,6 +160,7 @@ def _frechet_rule(
     ``forward`` is the space of the forward pass, or its starting vectors, from which the method ``again`` repeats it.
     """
     backward = gradient.method or method
+    slopes = [] if times is None else [f.in_time() for f in functions]
 
     def rule(*cotangents: Tensor | None) -> Cotangents:
         before = run.num_matvecs
@@ -172,7 +173,7 @@ def _frechet_rule(
         parts = real_parts(functions, cotangents, basis.is_complex())
         rest: tuple[Tensor | None, ...] = () if times is None else (None,)
         if times is not None and run.needs_input(1):
-            rest = (_time_gradients(space, functions, times, cotangents),)
+            rest = (_time_gradients(space, slopes, times, cotangents),)
         if not parts:
             return Cotangents([None], [None, *rest])
         G = torch.cat([g for _, g in parts], dim=1)
@@ -203,15 +204,15 @@ def _frechet_rule(
 
 
 def _time_gradients(
-    space: Space, functions: Sequence[ScalarFunction], times: Tensor, cotangents: Sequence[Tensor | None]
+    space: Space, slopes: Sequence[ScalarFunction], times: Tensor, cotangents: Sequence[Tensor | None]
 ) -> Tensor:
     """t̄_p = ⟨A e^{t_p A} B, g_p⟩, with A e^{tA} B read off the forward space."""
     grads = []
-    for f, g in zip(functions, cotangents, strict=True):
+    for f, g in zip(slopes, cotangents, strict=True):
         if g is None:
             grads.append(torch.zeros((), dtype=times.dtype, device=times.device))
             continue
-        slope = combine(space.basis, space.small(f.in_time()))
+        slope = combine(space.basis, space.small(f))
         dot = (slope.conj() * g).sum()
         grads.append((dot if times.is_complex() else dot.real).to(times.dtype))
     return torch.stack(grads)

@@ -122,6 +122,7 @@ def _rule(
     what: str,
 ) -> Callable[..., Cotangents]:
     backward = gradient.method or method
+    slopes = [[None if f is None else f.in_time() for f in row] for row in table]
     basis = space.basis
     J, k = basis.shape[0] // m, basis.shape[1]
 
@@ -129,7 +130,7 @@ def _rule(
         live = [(p, g) for p, g in enumerate(cotangents) if g is not None and bool((g != 0).any())]
         if not live:
             return Cotangents([None], [None, None])
-        t_bar = _time_gradient(space, table, t, live) if run.needs_input(1) else None
+        t_bar = _time_gradient(space, slopes, t, live) if run.needs_input(1) else None
         P = len(live)
         G = torch.stack([g for _, g in live], 2).reshape(-1, m * P)
         functions = list(dict.fromkeys(f for p, _ in live for f in table[p] if f is not None))
@@ -161,11 +162,11 @@ def _rule(
     return rule
 
 
-def _time_gradient(space: Space, table: Table, t: Tensor, live: list[tuple[int, Tensor]]) -> Tensor:
+def _time_gradient(space: Space, slopes: Table, t: Tensor, live: list[tuple[int, Tensor]]) -> Tensor:
     """t̄ = Σ_p ⟨∂y_p/∂t, g_p⟩."""
     total = torch.zeros((), dtype=t.dtype, device=t.device)
     for p, g in live:
-        slope = _row(space, [None if f is None else f.in_time() for f in table[p]])
+        slope = _row(space, slopes[p])
         dot = (slope.conj() * g).sum()
         total = total + (dot if t.is_complex() else dot.real).to(t.dtype)
     return total

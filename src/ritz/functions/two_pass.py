@@ -90,13 +90,14 @@ def _rule(
 ) -> Callable[..., Cotangents]:
     backward = gradient.method or method
     m = V.shape[1]
+    speeds = [] if times is None else [f.in_time() for f in functions]
 
     def rule(*cotangents: Tensor | None) -> Cotangents:
         before = run.num_matvecs
         parts = real_parts(functions, cotangents, V.is_complex())
         rest: tuple[Tensor | None, ...] = () if times is None else (None,)
         if times is not None and run.needs_input(1):
-            rest = (_time_gradients(run, V, space, functions, times, cotangents),)
+            rest = (_time_gradients(run, V, space, speeds, times, cotangents),)
         if not parts:
             return Cotangents([None], [None, *rest])
         G = torch.cat([g for _, g in parts], 1)
@@ -139,14 +140,14 @@ def _time_gradients(
     run: Run,
     V: Tensor,
     space: HermitianSpace,
-    functions: Sequence[ScalarFunction],
+    speeds: Sequence[ScalarFunction],
     times: Tensor,
     cotangents: Sequence[Tensor | None],
 ) -> Tensor:
     """t̄_p = ⟨A e^{t_p A} V, g_p⟩, by one more pass."""
     given = {i: g for i, g in enumerate(cotangents) if g is not None}
-    slopes = _values(run.matmat, V, space, [space.small(functions[i].in_time()) for i in given]) if given else []
-    total = torch.zeros(len(functions), dtype=times.dtype, device=times.device)
+    slopes = _values(run.matmat, V, space, [space.small(speeds[i]) for i in given]) if given else []
+    total = torch.zeros(len(speeds), dtype=times.dtype, device=times.device)
     for (i, g), slope in zip(given.items(), slopes, strict=True):
         dot = (slope.conj() * g).sum()
         total[i] = dot if times.is_complex() else dot.real

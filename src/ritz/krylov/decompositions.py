@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..errors import OperandError
 from ..numerics import as_block, check_finite
-from ..operators.base import LinearOperator
+from ..operators.base import LinearOperator, check_square
 from ..operators.convert import aslinearoperator
-from ..pairing import Cotangents, Pair, Run, check_square
+from ..pairing import Cotangents, Pair, Run
 from .arnoldi import adjoint_arnoldi, run_arnoldi
 from .golub_kahan import adjoint_golub_kahan, run_golub_kahan
 from .lanczos import adjoint_lanczos, run_lanczos

@@ -286,3 +286,9 @@ def _operator_like(x: Any, like: LinearOperator, what: str) -> LinearOperator:
         f"{what} got a {type(x).__name__}; expected an operator or a tensor of shape {like.shape} "
         "(A + sigma·I is A.shift(sigma))"
     )
+
+
+def check_square(A: LinearOperator, what: str) -> None:
+    """Raise unless A is square."""
+    if A.shape[0] != A.shape[1]:
+        raise OperandError(f"{what} needs a square operator; this one has shape {A.shape}")

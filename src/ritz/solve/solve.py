@@ -13,7 +13,8 @@ from ..errors import OperandError
 from ..methods import Auto
 from ..numerics import as_block, check_finite, unwrap
 from ..operators import Diagonal, Identity, LinearOperator, aslinearoperator
-from ..pairing import Cotangents, Pair, Run, check_square
+from ..operators.base import check_square
+from ..pairing import Cotangents, Pair, Run
 from ..result import Info, OnFailure, report
 from .auto import choose
 from .cg import CG

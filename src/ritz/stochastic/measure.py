@@ -17,8 +17,9 @@ from ..errors import OperandError
 from ..functions.scalar import as_function
 from ..functions.space import HermitianSpace, as_hermitian, build, choose
 from ..methods import Auto, KrylovMethod, Lanczos
+from ..operators.base import check_square
 from ..operators.convert import aslinearoperator
-from ..pairing import Run, check_square
+from ..pairing import Run
 from ..result import Info
 from .deflated import Deflated, krylov_part, on_the_rest
 from .probes import Hutchinson, mean_and_error

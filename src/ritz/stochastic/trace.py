@@ -13,9 +13,8 @@ from ..functions.multiply import funm_multiply
 from ..functions.scalar import as_function, log
 from ..functions.space import choose
 from ..methods import Auto, Frechet, GradientRule, KrylovMethod, Lanczos
-from ..operators.base import LinearOperator
+from ..operators.base import LinearOperator, check_square
 from ..operators.convert import aslinearoperator
-from ..pairing import check_square
 from ..result import Info, OnFailure, Status
 from .deflated import Deflated, deflated_trace
 from .preconditioned import preconditioned_logdet
