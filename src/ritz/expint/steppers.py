@@ -10,6 +10,7 @@ so that a step is the list of the w_j, and the same list read at θ < 1 is the m
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,18 +24,18 @@ Vectors = list["Tensor | None"]
 
 
 @dataclass(frozen=True)
-class Fixed:
+class Fixed(ABC):
     """A method without an error estimate: the number of steps is given."""
 
     adaptive: ClassVar[bool] = False
 
+    @abstractmethod
     def point(self, system: System, t: Tensor, y: Tensor) -> Point:
         """The system at the start of a step, as this method uses it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def vectors(self, system: System, at: Point, h: float) -> tuple[Vectors, Vectors]:
         """[w_1, …] of one step, and those of the error estimate (empty where there is none)."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

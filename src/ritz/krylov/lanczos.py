@@ -15,7 +15,7 @@ from ..numerics import in_transform
 from . import one
 from .adjoint import Product, adjoint_orthonormal, guarded, mask_rows, real_dots, start_gradient
 from .orthogonalize import basis_of, columns, dots, norms, project_out, safe_norms
-from .progress import progress
+from .progress import Progress, progress
 
 
 @dataclass(frozen=True)
@@ -66,19 +66,14 @@ def run_lanczos(
     Q = basis_of(V, k, room, None if state is None else state.Q)
     if one.fits(V, reorthogonalize) and not in_transform():
         return _run_one(matmat, V, Q, first, reorthogonalize, state)
-    if state is None:
-        W, norm = V.mT, safe_norms(V.mT)
-        run = progress(norm)
-    else:
-        W, norm = state.residual, state.norm
-        run = progress(state.beta[:, -1], (state.alpha.abs() + state.beta).amax(1))
+    W, norm, run = begin(V, state)
     rows = Q.unbind(1)
     j = first
     while j < k and run.any():
         q = rows[j]
         torch.div(W, run.divisor(), out=q)
         W = matmat(columns(q)).mT
-        W, a = _three_term(q, rows[j - 1] if j else None, W, run.length)
+        W, a = three_term(q, rows[j - 1] if j else None, W, run.length)
         if reorthogonalize:
             # For a Hermitian A the recurrence is a Gram–Schmidt pass already: all other coefficients vanish up to
             # rounding. So the second pass of "twice is enough" is the only one that has to read the basis.
@@ -87,15 +82,32 @@ def run_lanczos(
         run.record(a, norms(W))
         j += 1
     Q[:, j:] = 0
-    alpha, beta = run.history(norm, first, k - j)
+    return LanczosState(Q, *finish(run, W, norm, state, k))
+
+
+def begin(V: Tensor, state: LanczosState | None) -> tuple[Tensor, Tensor, Progress]:
+    """Residuals (m, n), norms of the starting vectors and the bookkeeping of a loop that starts, or goes on."""
+    if state is None:
+        norm = safe_norms(V.mT)
+        return V.mT, norm, progress(norm)
+    return state.residual, state.norm, progress(state.beta[:, -1], (state.alpha.abs() + state.beta).amax(1))
+
+
+def finish(
+    run: Progress, W: Tensor, norm: Tensor, state: LanczosState | None, k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(alpha, beta, residual, norm, depth) of a loop that made the steps up to k, or ended before; masked."""
+    first = 0 if state is None else state.alpha.shape[1]
+    made = len(run.sizes)
+    alpha, beta = run.history(norm, first, k - first - made)
     depth = run.depth
     if state is not None:
         alpha, beta, depth = torch.cat([state.alpha, alpha], 1), torch.cat([state.beta, beta], 1), depth + state.depth
-    if j < k or not run.all():
-        past = torch.arange(k, device=V.device) >= depth.unsqueeze(1)
+    if first + made < k or not run.all():
+        past = torch.arange(k, device=W.device) >= depth.unsqueeze(1)
         alpha = torch.where(past, alpha[:, :1], alpha)
         W = W * run.live.unsqueeze(1)
-    return LanczosState(Q, alpha, beta, W, norm, depth)
+    return alpha, beta, W, norm, depth
 
 
 def _run_one(
@@ -125,7 +137,7 @@ def _run_one(
     return LanczosState(Q, alpha, beta, w.unsqueeze(0), norm, torch.tensor([depth]))
 
 
-def _three_term(q: Tensor, before: Tensor | None, W: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+def three_term(q: Tensor, before: Tensor | None, W: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """The plain recurrence: w ← A q_j − β_{j−1} q_{j−1}, α_j = Re q_jᴴ w, w ← w − α_j q_j. Returns w and α_j (m,)."""
     if before is not None:
         W = torch.addcmul(W, before, beta.unsqueeze(1).to(W.dtype), value=-1)

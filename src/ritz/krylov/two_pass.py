@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from .adjoint import Product
-from .lanczos import LanczosState, _three_term
-from .orthogonalize import columns, norms, safe_norms
-from .progress import progress
+from .lanczos import LanczosState, begin, finish, three_term
+from .orthogonalize import columns, norms
 
 
 @dataclass(frozen=True)
@@ -41,29 +40,17 @@ def run_without_basis(
     Cost:      k products with a block of m; 4 m vectors of memory.
     """
     assert not reorthogonalize
-    if state is None:
-        first, W, norm = 0, V.mT, safe_norms(V.mT)
-        run, before = progress(norm), None
-    else:
-        first, W, norm, before = state.alpha.shape[1], state.residual, state.norm, state.last
-        run = progress(state.beta[:, -1], (state.alpha.abs() + state.beta).amax(1))
-    j = first
-    while j < k and run.any():
+    W, norm, run = begin(V, state)
+    before = None if state is None else state.last
+    for _ in range(0 if state is None else state.alpha.shape[1], k):
+        if not run.any():
+            break
         q = W / run.divisor()
-        W, a = _three_term(q, before, matmat(columns(q)).mT, run.length)
+        W, a = three_term(q, before, matmat(columns(q)).mT, run.length)
         run.record(a, norms(W))
         before = q
-        j += 1
-    alpha, beta = run.history(norm, first, k - j)
-    depth = run.depth
-    if state is not None:
-        alpha, beta, depth = torch.cat([state.alpha, alpha], 1), torch.cat([state.beta, beta], 1), depth + state.depth
-    if j < k or not run.all():
-        past = torch.arange(k, device=V.device) >= depth.unsqueeze(1)
-        alpha = torch.where(past, alpha[:, :1], alpha)
-        W = W * run.live.unsqueeze(1)
     last = torch.zeros_like(W) if before is None else before
-    return PassedState(V.new_empty(V.shape[1], k, 0), alpha, beta, W, norm, depth, last)
+    return PassedState(V.new_empty(V.shape[1], k, 0), *finish(run, W, norm, state, k), last)
 
 
 def pass_again(matmat: Product, V: Tensor, state: PassedState, C: Tensor) -> Tensor:
