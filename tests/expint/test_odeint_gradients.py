@@ -182,7 +182,7 @@ SAME = [
 @pytest.mark.parametrize("method, linear, options", SAME)
 def test_checkpoints_give_the_same_gradient(method, linear, options):
     kept = solved(linear, method=method, **options)
-    for checkpoints in (2, Checkpoints()):
+    for checkpoints in (2, Checkpoints(), Checkpoints(memory_budget=200)):
         again = solved(linear, method=method, checkpoints=checkpoints, **options)
         assert torch.equal(kept[0], again[0])
         assert all(relative(g, w) < 1e-12 for g, w in zip(again[1:], kept[1:], strict=True))
@@ -286,13 +286,15 @@ def test_memory_of_checkpoints_grows_like_the_square_root():
 
 
 def test_number_of_states_kept():
-    for checkpoints, steps in ((Checkpoints(4), 37), (Checkpoints(1), 9), (Checkpoints(), 100), (Checkpoints(), 3)):
+    budget = Checkpoints(memory_budget=5 * 8 + 7)  # of integers of 8 bytes: five
+    cases = ((Checkpoints(4), 37), (Checkpoints(1), 9), (Checkpoints(), 100), (Checkpoints(), 3), (budget, 50))
+    for checkpoints, steps in cases:
         kept = Kept(checkpoints)
         for k in range(steps):
             kept.offer(torch.tensor(k))
         assert [int(s) for s in kept.states] == list(range(0, steps, kept.stride))
-        if checkpoints.number is not None:
-            assert len(kept.states) <= checkpoints.number
+        if checkpoints.number is not None or checkpoints is budget:
+            assert 1 <= len(kept.states) <= (checkpoints.number or 5) < 2 * len(kept.states) + 2
         else:
             assert all(0.7 * steps**0.5 <= k <= 1.5 * steps**0.5 + 1 for k in (len(kept.states), kept.stride))
 

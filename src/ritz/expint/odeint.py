@@ -88,7 +88,7 @@ def odeint(
         gradient: the rule of these products; ``Unrolled()`` gives any order, at the memory of everything.
         checkpoints: None keeps the Krylov spaces of all steps until backward; a number or ``Checkpoints(number)`` keeps
             that many states and repeats the steps between them, ``Checkpoints()`` about the square root of the number
-            of steps.
+            of steps, ``Checkpoints(memory_budget=bytes)`` what fits.
         dense: return a :class:`~ritz.expint.interpolate.DenseOutput` instead: the solution as a function of time.
         return_info: also return an :class:`OdeInfo`.
         on_failure: "warn", "raise" or "ignore": where the step size or ``max_steps`` runs out (the values at times

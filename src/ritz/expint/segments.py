@@ -32,20 +32,28 @@ class Checkpoints:
     Args:
         number: at most that many states; None keeps about the square root of the number of steps, between 0.7 and 1.5
             times it, which holds for the steps of a segment too.
+        memory_budget: bytes for these states instead, at least one of them; the steps of one segment come on top.
 
     Every step is made twice, so that forward and backward together cost about a third more. The gradient is the same to
     rounding. Raises in backward where the steps come out differently the second time, as with dropout.
     """
 
     number: int | None = None
+    memory_budget: int | None = None
 
     def __post_init__(self) -> None:
-        if self.number is not None and (not isinstance(self.number, int) or self.number < 1):
-            raise OperandError(f"checkpoints={self.number!r}; expected a whole number of states, at least 1")
+        for name, value in (("checkpoints", self.number), ("memory_budget", self.memory_budget)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise OperandError(f"{name}={value!r}; expected a whole number of states (of bytes), at least 1")
+        if self.number is not None and self.memory_budget is not None:
+            raise OperandError(f"{self!r} has both a number and a budget; expected one of them")
 
-    def full(self, states: int, stride: int) -> bool:
+    def full(self, states: Sequence[Tensor], stride: int) -> bool:
         """Whether every other one of the states, kept every ``stride`` steps, is to be dropped."""
-        return states > (2 * stride if self.number is None else self.number)
+        most = self.number if self.number is not None else 2 * stride
+        if self.memory_budget is not None:
+            most = self.memory_budget // max(1, states[0].numel() * states[0].element_size())
+        return len(states) > most
 
 
 @dataclass
@@ -61,7 +69,7 @@ class Kept:
         """The state after ``count`` steps."""
         if self.count % self.stride == 0:
             self.states.append(y)
-            while self.checkpoints.full(len(self.states), self.stride) and len(self.states) > 1:
+            while len(self.states) > 1 and self.checkpoints.full(self.states, self.stride):
                 self.states, self.stride = self.states[::2], 2 * self.stride
         self.count += 1
 
