@@ -213,7 +213,7 @@ def contestants(task: Task) -> dict[str, tuple[list[Any], Callable[[Any, Counter
             tolerances,
             lambda r, n: symmetric(task, kind(rtol=r, reorthogonalize=False), n),
         )
-    found["ritz, Arnoldi"] = (tolerances, lambda r, n: system(task, ritz.Arnoldi(rtol=r, reorthogonalize=False), n))
+    found["ritz, Arnoldi"] = (tolerances, lambda r, n: system(task, ritz.Arnoldi(rtol=r, max_matvecs=40), n))
     for method, gradient in (("rk4", "backprop"), ("dopri5", "backprop"), ("dopri5", "backsolve")):
         found[f"torchdiffeq, {method}, {gradient}"] = (
             list(range(1, 60)) if method == "rk4" else tolerances,

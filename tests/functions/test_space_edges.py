@@ -86,3 +86,11 @@ def test_no_columns_and_no_finite_exponential():
         assert none.grad.shape == (10, 0)
     with pytest.raises(ritz.DomainError, match="scale"):
         ritz.expm_multiply(Diagonal(1e10 * d), torch.ones(10, dtype=D), 1e300, method=ritz.Lanczos())
+
+
+def test_a_derivative_that_overflows_is_named():
+    """e^700 is a number of float64, and times a cotangent of 1e200 it is not."""
+    A = ritz.aslinearoperator(torch.diag(torch.linspace(0.0, 700.0, 30, dtype=D)).requires_grad_(), hermitian=False)
+    y = ritz.expm_multiply(A, torch.ones(30, dtype=D), 1.0, method=ritz.Arnoldi(30))
+    with pytest.raises(ritz.DomainError, match="derivative of f overflows"):
+        (y * 1e200).sum().backward()

@@ -56,6 +56,11 @@ def compress_symmetric(X: Tensor, rtol: float) -> LowRank:
 def compress(X: Tensor, rtol: float) -> LowRank:
     """Singular vectors of X, cut likewise."""
     scale = X.abs().amax((1, 2), keepdim=True)
+    if not bool(torch.isfinite(scale).all()):
+        raise DomainError(
+            "the derivative of f overflows on the small Krylov matrices: their space lost its orthogonality or is too "
+            "long for f; expected reorthogonalize=True, a smaller max_matvecs (substeps), or a smaller t"
+        )
     P, s, Rh = torch.linalg.svd(X / torch.where(scale > 0, scale, 1.0), full_matrices=False)
     r = _rank(s, rtol)
     return LowRank(P[:, :, :r] * (s[:, :r] * scale.squeeze(2)).unsqueeze(1), Rh[:, :r].mH)
