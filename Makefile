@@ -76,7 +76,8 @@ bench-optim: $(BENCH_STAMP)  ## step times and real training of the optimizers a
 	$(BENCH)/bin/python benchmarks/optim_train.py
 
 bench-curvature: $(BENCH_STAMP)  ## products and evidence of networks' curvature against their peers
-	$(BENCH)/bin/python benchmarks/curvature.py
+	$(BENCH)/bin/python benchmarks/curvature_products.py
+	$(BENCH)/bin/python benchmarks/curvature_evidence.py
 	$(BENCH)/bin/python benchmarks/laplace_large.py
 
 bench-laplace: $(BENCH_STAMP)  ## calibrated networks on six sets against their peers, about two hours

@@ -7,6 +7,7 @@ what one backward pass does.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OperandError
+from .convolutions import LinearConvolutions
 from .network import Network
 
 BLOCK_BYTES = 64 << 20  # activations of all columns that go through together
@@ -56,8 +58,10 @@ class Linearization:
         with torch.enable_grad():
             self._leaves = leaves_of(network, recorded)
             saved = Saved(self._leaves)
+            lean = contextlib.nullcontext() if recorded else LinearConvolutions()
             with saved.counting():
-                self._f = network(self._leaves, x)
+                with lean:
+                    self._f = network(self._leaves, x)
                 if not self._f.requires_grad:
                     raise OperandError(
                         "the outputs do not depend on the selected parameters; check params=, and that the forward "

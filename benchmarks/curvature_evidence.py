@@ -1,16 +1,15 @@
-"""Benchmark: products with a network's Gauss–Newton matrix against curvlinops, its evidence against the dense route.
+"""Benchmark: evidence of a network by its whole Gauss–Newton matrix, against the dense route.
 
-    python benchmarks/curvature.py --data DIR [--only products | evidence] [--images 1000] [--rounds 5]
+    python benchmarks/curvature_evidence.py --data DIR [--images 1000] [--seeds 20]
 
-Real digits (mnist10k). One process, threads fixed, medians. Evidence: relative errors against the eigenvalues of the
-whole matrix in float64; the dense route assembles it from Jacobian rows by torch.func and decomposes it in float32.
+Real digits (mnist10k). One process, threads fixed, medians. Relative errors against the eigenvalues of the whole matrix
+in float64; the dense route assembles it from Jacobian rows by torch.func and decomposes it in float32.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -27,15 +26,12 @@ CURVE_ERROR_BAR, CURVE_SPEED_BAR = 0.02, 1.5  # from 1e-3 on
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="folder that holds mnist10k/ (or set RITZ_DATA)")
-    parser.add_argument("--only", choices=("products", "evidence"), nargs="+", default=["products", "evidence"])
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=60, help="of training before the curvature is looked at")
-    parser.add_argument("--columns", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=20, help="of the evidence, for the coverage of its standard error")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=_common.HERE / "results")
-    parser.add_argument("--name", help="stem of the result files (default curvature-cpu-DATE)")
+    parser.add_argument("--name", help="stem of the result files (default curvature-evidence-cpu-DATE)")
     return parser.parse_args()
 
 
@@ -75,65 +71,6 @@ def trained(make: Callable[[], Any], x: Any, y: Any, epochs: int) -> Any:
             (fit + 0.5 * sum(p.square().sum() for p in model.parameters()) / len(x)).backward()
             optimizer.step()
     return model.eval()
-
-
-def median_time(call: Callable[[], Any], rounds: int) -> float:
-    import torch.utils.benchmark as bench
-
-    call()
-    timer = bench.Timer("call()", globals={"call": call}, num_threads=_threads())
-    return statistics.median(timer.timeit(1).mean for _ in range(rounds))
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
-
-
-# -- products --------------------------------------------------------------------------------------
-def products(options: argparse.Namespace, x: Any, y: Any) -> list[dict]:
-    import torch
-
-    from ritz.curvature import GGN, CrossEntropy, data_operator
-
-    rows = []
-    for title, make in networks().items():
-        model = trained(make, x, y, min(options.epochs, 5))
-        P = sum(p.numel() for p in model.parameters())
-        V = torch.randn(P, options.columns, generator=torch.Generator().manual_seed(0))
-        contestants: dict[str, Callable[[], Any]] = {}
-        began = time.perf_counter()
-        kept = GGN(model, CrossEntropy(), None, (x, y), reduction="sum")
-        reference = kept @ V
-        setup = {"ritz, kept rows": time.perf_counter() - began}
-        few, data_operator.FEW_COLUMNS = data_operator.FEW_COLUMNS, math.inf  # measured here: the other form alone
-        began = time.perf_counter()
-        graph = GGN(model, CrossEntropy(), None, (x, y), reduction="sum")
-        found = {"ritz, through the network": graph @ V}
-        setup["ritz, through the network"] = time.perf_counter() - began
-        contestants["ritz, kept rows"] = lambda A=kept, V=V: A @ V
-        contestants["ritz, through the network"] = lambda A=graph, V=V: A @ V
-        try:
-            from curvlinops import GGNLinearOperator
-
-            began = time.perf_counter()
-            loss = torch.nn.CrossEntropyLoss(reduction="sum")
-            peer = GGNLinearOperator(model, loss, list(model.parameters()), [(x, y)], check_deterministic=False)
-            found["curvlinops"] = peer @ V
-            setup["curvlinops"] = time.perf_counter() - began
-            contestants["curvlinops"] = lambda A=peer, V=V: A @ V
-        except ImportError:
-            print("  curvlinops is not installed: its rows are left out")
-        for name, call in contestants.items():
-            seconds = median_time(call, options.rounds)
-            error = 0.0 if name not in found else float((found[name] - reference).norm() / reference.norm())
-            rows.append({"network": title, "contestant": name, "block_s": seconds, "first_s": setup[name],
-                         "difference": error, "kept_mib": getattr(kept, "_kept_bytes", 0) / 2**20
-                         if name == "ritz, kept rows" else None})  # fmt: skip
-            print(f"  {title}, {name}: {1e3 * seconds:.1f} ms a block, first {setup[name]:.2f} s", flush=True)
-        data_operator.FEW_COLUMNS = few
-    return rows
 
 
 # -- evidence --------------------------------------------------------------------------------------
@@ -213,32 +150,20 @@ def _record(name: str, seconds: float, value: Any, exact: Any, error: Any) -> di
 # -- report ----------------------------------------------------------------------------------------
 def markdown(result: dict) -> str:
     env = result["environment"]
-    lines = ["# Curvature of networks", "", f"{env['cpu']}, {env['threads']} threads, {env['date']}; torch "
-             f"{env['versions']['torch']}; {result['images']} digits of mnist10k.", ""]  # fmt: skip
-    if "products" in result:
-        lines += [f"## Products with {result['columns']} columns", "",
-                  "| network | contestant | ms a block | speed, curvlinops = 1 | first, s | kept MiB | difference |",
-                  "|---|---|---|---|---|---|---|"]  # fmt: skip
-        for row in result["products"]:
-            own = [r for r in result["products"] if r["network"] == row["network"]]
-            peers = [r["block_s"] for r in own if r["contestant"] == "curvlinops"]
-            ratio = f"{peers[0] / row['block_s']:.1f}" if peers else "—"
-            kept = "—" if row["kept_mib"] is None else f"{row['kept_mib']:.0f}"
-            lines.append(f"| {row['network']} | {row['contestant']} | {1e3 * row['block_s']:.1f} | {ratio} | "
-                         f"{row['first_s']:.2f} | {kept} | {row['difference']:.1e} |")  # fmt: skip
-        lines.append("")
-    if "evidence" in result:
-        found = result["evidence"]
-        lines += ["## Log marginal likelihood of the CNN by its prior precision", "",
-                  "Exact: " + ", ".join(f"{d:g}: {v:.1f}" for d, v in zip(found["deltas"], found["exact"])) + ".", "",
-                  "| curvature | s | speed, dense = 1 | error at each prior precision, % | standard error, % |",
-                  "|---|---|---|---|---|"]  # fmt: skip
-        for row in found["rows"]:
-            speed = f"{row['speedup']:.1f}" if "speedup" in row else "—"
-            own = "—" if row["standard_errors"] is None else ", ".join(f"{100 * e:.2f}" for e in row["standard_errors"])
-            errors = ", ".join(f"{100 * e:.3g}" for e in row["errors"])
-            lines.append(f"| {row['contestant']} | {row['seconds']:.1f} | {speed} | {errors} | {own} |")
-        lines += ["", *bars(found)]
+    lines = ["# Evidence by the whole Gauss–Newton matrix", "", f"{env['cpu']}, {env['threads']} threads, "
+             f"{env['date']}; torch {env['versions']['torch']}; "
+             f"{result['images']} digits of mnist10k.", ""]  # fmt: skip
+    found = result["evidence"]
+    lines += ["Log marginal likelihood of the CNN by its prior precision; exact: "
+              + ", ".join(f"{d:g}: {v:.1f}" for d, v in zip(found["deltas"], found["exact"])) + ".", "",
+              "| curvature | s | speed, dense = 1 | error at each prior precision, % | standard error, % |",
+              "|---|---|---|---|---|"]  # fmt: skip
+    for row in found["rows"]:
+        speed = f"{row['speedup']:.1f}" if "speedup" in row else "—"
+        own = "—" if row["standard_errors"] is None else ", ".join(f"{100 * e:.2f}" for e in row["standard_errors"])
+        errors = ", ".join(f"{100 * e:.3g}" for e in row["errors"])
+        lines.append(f"| {row['contestant']} | {row['seconds']:.1f} | {speed} | {errors} | {own} |")
+    lines += ["", *bars(found)]
     return "\n".join(lines) + "\n"
 
 
@@ -272,12 +197,8 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     environment = _common.environment(options.threads, "cpu") | {"dtype": "float32"}
     x, y = digits(options.data, options.images)
-    result: dict[str, Any] = {"environment": environment, "images": len(x), "columns": options.columns}
-    if "products" in options.only:
-        result["products"] = products(options, x, y)
-    if "evidence" in options.only:
-        result["evidence"] = evidence(options, x, y)
-    path = options.output / f"{options.name or 'curvature-cpu-' + environment['date']}.json"
+    result = {"environment": environment, "images": len(x), "evidence": evidence(options, x, y)}
+    path = options.output / f"{options.name or 'curvature-evidence-cpu-' + environment['date']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     table = markdown(result)
