@@ -228,7 +228,9 @@ def test_rtol_is_honoured(case, function, rtol):
     A = ritz.Counting(ritz.aslinearoperator(matrix, hermitian=symmetric or None))
     y, info = ritz.funm_multiply(f, A, v, method=method, return_info=True)
     assert float((y - exact).norm() / exact.norm()) < 10 * rtol
-    assert info.status is ritz.Status.CONVERGED and info.num_matvecs == A.num_matvecs == info.depth
+    # Of the power network the whole Krylov space of v has 969 dimensions, which rounding may name either way.
+    ends = (ritz.Status.CONVERGED, ritz.Status.EXHAUSTED) if case == BUS else (ritz.Status.CONVERGED,)
+    assert info.status in ends and info.num_matvecs == A.num_matvecs == info.depth
     assert info.depth < n or case == "log-spread"
     assert float(info.residual.max()) <= rtol and info.method == method
     if symmetric:
