@@ -32,7 +32,17 @@ from .operators import Counting, LinearOperator, aslinearoperator
 from .ravel import ravel
 from .result import Info, Status
 from .solve import CG, MINRES, Direct, Jacobi, Landmarks, Nystrom, PivotedCholesky, RandomlyPivotedCholesky, solve
-from .stochastic import Deflated, Hutchinson, XDiag, diagonal, logdet, spectral_density, trace
+from .stochastic import (
+    Deflated,
+    Hutchinson,
+    HutchPP,
+    XDiag,
+    XTrace,
+    diagonal,
+    logdet,
+    spectral_density,
+    trace,
+)
 
 __version__ = "0.1.0.dev0"
 
@@ -50,6 +60,7 @@ __all__ = [
     "Direct",
     "DomainError",
     "Frechet",
+    "HutchPP",
     "Hutchinson",
     "Info",
     "Jacobi",
@@ -67,6 +78,7 @@ __all__ = [
     "Status",
     "Unrolled",
     "XDiag",
+    "XTrace",
     "aslinearoperator",
     "bilinear_form",
     "curvature",

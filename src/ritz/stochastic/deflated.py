@@ -23,7 +23,7 @@ from ..methods import Frechet, GradientRule, Lanczos
 from ..operators.base import LinearOperator
 from ..pairing import Cotangents, Pair, Run
 from ..result import Info, OnFailure
-from .probes import Hutchinson, mean_and_error
+from .probes import Hutchinson, mean_and_error, rest_probes
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def deflated_trace(
     shifts = shift_tensor(shifts, A)
     known, space = _known_part(A, f, shifts, estimator, gradient, generator)
     Q = space.V[:, : estimator.columns]
-    Z = on_the_rest(Q, estimator, generator)
+    Z = rest_probes(Q, estimator.m, estimator.seed, generator)
     (samples,), info = shared_forms(
         A, Z, [Term(f, slice(None), shifts)], method=method, gradient=gradient, on_failure=on_failure
     )
@@ -137,21 +137,3 @@ def _known_part(
 
     (value,) = run.attach([value], rule, [space.V], name="a deflated trace")
     return value, space
-
-
-def on_the_rest(Q: Tensor, estimator: Deflated, generator: torch.Generator | None) -> Tensor:
-    """Probes (n, m), uniform on the sphere of radius √(n − columns) in the complement of Q.
-
-    A projected Rademacher vector has a random length, through which a constant in f (the log σ of log(A + σ)) would
-    enter the variance. A projected Gaussian one has a uniform direction, and may be brought to one length.
-    """
-    n, columns = Q.shape
-    generator = torch.Generator().manual_seed(estimator.seed) if generator is None else generator
-    shape, where = (n, estimator.m), generator.device
-    Z = torch.randn(shape, generator=generator, dtype=torch.float64, device=where)
-    if Q.is_complex():
-        Z = torch.complex(Z, torch.randn(shape, generator=generator, dtype=torch.float64, device=where))
-    Z = Z.to(Q.device, Q.dtype)
-    for _ in range(2):
-        Z = Z - Q @ (Q.mH @ Z)
-    return Z * ((n - columns) ** 0.5 / torch.linalg.vector_norm(Z, dim=0))

@@ -21,8 +21,8 @@ from ..operators.base import check_square
 from ..operators.convert import aslinearoperator
 from ..pairing import Run
 from ..result import Info
-from .deflated import Deflated, krylov_part, on_the_rest
-from .probes import Hutchinson, mean_and_error
+from .deflated import Deflated, krylov_part
+from .probes import Hutchinson, mean_and_error, rest_probes
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def spectral_measure(
             block = krylov_part(A, run.matmat, resolved, generator)
             known = block.ritz
             known_weights = block.vectors[: resolved.columns].abs().square().sum(0)
-            Z, exact = on_the_rest(block.V[:, : resolved.columns], resolved, generator), False
+            Z, exact = rest_probes(block.V[:, : resolved.columns], resolved.m, resolved.seed, generator), False
         else:
             Z, exact = resolved.probes(n, A.dtype, A.device, generator), resolved.is_exact(n)
         space, error, status = build(run.matmat, Z, chosen, functions, psd=A.psd)

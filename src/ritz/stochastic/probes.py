@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,31 @@ class Hutchinson:
     def is_exact(self, n: int) -> bool:
         """Whether the probes span the space, so that nothing is random."""
         return self.m >= n
+
+
+def gaussian(
+    n: int, m: int, dtype: torch.dtype, device: torch.device, seed: int, generator: torch.Generator | None
+) -> Tensor:
+    """Normal vectors (n, m), drawn where the generator lives (the CPU for a seed) and in float64."""
+    generator = torch.Generator().manual_seed(seed) if generator is None else generator
+    options: dict[str, Any] = {"generator": generator, "dtype": torch.float64, "device": generator.device}
+    Z = torch.randn(n, m, **options)
+    if dtype.is_complex:
+        Z = torch.complex(Z, torch.randn(n, m, **options))
+    return Z.to(device, dtype)
+
+
+def rest_probes(Q: Tensor, m: int, seed: int, generator: torch.Generator | None) -> Tensor:
+    """Probes (n, m), uniform on the sphere of radius √(n − c) in the complement of Q (n, c), orthonormal.
+
+    A projected Rademacher vector has a random length, through which a constant in f (the log σ of log(A + σ)) would
+    enter the variance. A projected Gaussian one has a uniform direction, and may be brought to one length.
+    """
+    n, columns = Q.shape
+    Z = gaussian(n, m, Q.dtype, Q.device, seed, generator)
+    for _ in range(2):
+        Z = Z - Q @ (Q.mH @ Z)
+    return Z * ((n - columns) ** 0.5 / torch.linalg.vector_norm(Z, dim=0))
 
 
 def mean_and_error(samples: Tensor, exact: bool) -> tuple[Tensor, Tensor]:

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import OperandError
-from ..functions.forms import Term, shared_forms
 from ..functions.multiply import funm_multiply
 from ..functions.scalar import as_function, log
 from ..functions.space import choose
 from ..methods import Auto, Frechet, GradientRule, KrylovMethod, Lanczos
 from ..operators.base import LinearOperator, check_square
 from ..operators.convert import aslinearoperator
-from ..result import Info, OnFailure, Status
+from ..result import Info, OnFailure
 from .deflated import Deflated, deflated_trace
+from .hutchpp import HutchPP, hutchpp
 from .preconditioned import preconditioned_logdet
 from .probes import Hutchinson, mean_and_error
+from .samples import forms_of_probes
 from .xdiag import XDiag, xdiag
+from .xtrace import XTrace, xtrace
 
 
 def trace(
     A: LinearOperator,
     f: Any = None,
     *,
-    estimator: Hutchinson | Deflated = Hutchinson(),
+    estimator: Hutchinson | HutchPP | XTrace | Deflated = Hutchinson(),
     method: KrylovMethod = Auto(),
     gradient: GradientRule = Frechet(),
     shifts: Tensor | None = None,
@@ -39,8 +42,9 @@ def trace(
     Args:
         A: square operator (n, n).
         f: from ``ritz.functions`` or a callable on eigenvalues; None for tr A itself (one product, no Krylov run).
-        estimator: ``Hutchinson(m, seed=0)``, exact when m >= n; or ``Deflated(columns, m)``, which takes a Krylov space
-            out exactly first: for Hermitian A with few large eigenvalues.
+        estimator: ``Hutchinson(m, seed=0)``, exact when m >= n. Where the eigenvalues of f(A) decay, ``XTrace(m)`` or
+            ``HutchPP(m)``, which learn the range of f(A) from the same m columns; or ``Deflated(columns, m)``, which
+            takes a Krylov space out exactly first: for Hermitian A with few large eigenvalues.
         method, gradient, on_failure: as in :func:`ritz.quadratic_form`.
         shifts: values σ (p,): tr f(A + σI) for each of them from the same run (Krylov spaces do not see shifts), with
             gradients in σ.
@@ -56,41 +60,25 @@ def trace(
     A = aslinearoperator(A)
     check_square(A, "a trace")
     n = A.shape[0]
-    if isinstance(estimator, Deflated):
+    if isinstance(estimator, (Deflated, HutchPP, XTrace)):
         resolved = estimator.resolve(n)
-        if isinstance(resolved, Deflated):
-            return _deflated(A, f, resolved, method, gradient, shifts, generator, return_info, on_failure)
+        if not isinstance(resolved, Hutchinson):
+            return _reduced(A, f, resolved, method, gradient, shifts, generator, return_info, on_failure)
         estimator = resolved
     _check_estimator(estimator)
     Z = estimator.probes(n, A.dtype, A.device, generator)
-    if f is None:
-        if shifts is not None:
-            raise OperandError("tr(A + σI) is tr A + nσ; shifts= needs a function f")
-        samples = (Z.conj() * (A @ Z)).sum(0)
-        samples = samples.real if A.hermitian and samples.is_complex() else samples
-        info = Info(estimator, Z.shape[1], 1, status=Status.FIXED)
-    elif isinstance(chosen := choose(A, method), Lanczos):
-        (samples,), info = shared_forms(
-            A, Z, [Term(as_function(f), slice(None), shifts)], method=chosen, gradient=gradient, on_failure=on_failure
-        )
-    else:
-        if shifts is not None:
-            raise OperandError(
-                "shifts= needs a Lanczos run of a Hermitian operator; declare hermitian=True if it is, or "
-                "loop over shifts"
-            )
-        Y, info = funm_multiply(f, A, Z, method=method, gradient=gradient, return_info=True, on_failure=on_failure)
-        samples = (Z.conj() * Y).sum(0)
+    samples, info = forms_of_probes(A, f, Z, method=method, gradient=gradient, on_failure=on_failure, shifts=shifts)
+    info = replace(info, method=estimator) if f is None else info
     value, error = mean_and_error(samples, estimator.is_exact(n))
     info.standard_error = error
     info.details["estimator"] = estimator
     return (value, info) if return_info else value
 
 
-def _deflated(
+def _reduced(
     A: LinearOperator,
     f: Any,
-    estimator: Deflated,
+    estimator: Deflated | HutchPP | XTrace,
     method: KrylovMethod,
     gradient: GradientRule,
     shifts: Tensor | None,
@@ -98,28 +86,43 @@ def _deflated(
     return_info: bool,
     on_failure: OnFailure,
 ) -> Any:
-    chosen = choose(A, method)
-    if f is None or not isinstance(chosen, Lanczos):
-        raise OperandError(
-            f"{estimator} needs a function f of a Hermitian operator; declare hermitian=True if it is one"
+    """The estimators that take the variance out first."""
+    if isinstance(estimator, Deflated):
+        chosen = choose(A, method)
+        if f is None or not isinstance(chosen, Lanczos):
+            raise OperandError(
+                f"{estimator} needs a function f of a Hermitian operator; declare hermitian=True if it is one"
+            )
+        value, info = deflated_trace(
+            A, as_function(f), estimator, method=chosen, gradient=gradient, shifts=shifts, generator=generator,
+            on_failure=on_failure,
+        )  # fmt: skip
+    else:
+        if shifts is not None:
+            raise OperandError(
+                f"{estimator} came with shifts=, of which every value has a range of its own; use Hutchinson(m) or "
+                "Deflated(columns, m), or loop over shifts"
+            )
+        rule: Any = hutchpp if isinstance(estimator, HutchPP) else xtrace
+        value, info = rule(
+            A, f, estimator, method=method, gradient=gradient, generator=generator, on_failure=on_failure
         )
-    value, info = deflated_trace(
-        A, as_function(f), estimator, method=chosen, gradient=gradient, shifts=shifts, generator=generator,
-        on_failure=on_failure,
-    )  # fmt: skip
     info.details["estimator"] = estimator
     return (value, info) if return_info else value
 
 
 def _check_estimator(estimator: object) -> None:
     if not isinstance(estimator, Hutchinson):
-        raise OperandError(f"estimator={estimator!r}; expected Hutchinson(m) with m probes, or Deflated(columns, m)")
+        raise OperandError(
+            f"estimator={estimator!r}; expected Hutchinson(m) with m probes; traces take HutchPP(m), XTrace(m) and "
+            "Deflated(columns, m) too"
+        )
 
 
 def logdet(
     A: LinearOperator,
     *,
-    estimator: Hutchinson | Deflated = Hutchinson(),
+    estimator: Hutchinson | HutchPP | XTrace | Deflated = Hutchinson(),
     method: KrylovMethod = Auto(),
     gradient: GradientRule = Frechet(),
     shifts: Tensor | None = None,
@@ -199,7 +202,7 @@ def diagonal(
         f: None for the diagonal of A itself, which operators know exactly (``A.diagonal()``) unless an estimator is
             asked for.
         estimator: ``Hutchinson(m)``: the mean of conj(z) ∘ f(A)z; exact with m >= n. Default Hutchinson(10) where f
-            is given. ``XDiag(m)``, for A itself: 2m products, better where the spectrum decays.
+            is given. ``XDiag(m)``, for A itself: better where the spectrum decays.
 
     Returns:
         (n,), with gradients in A's tensors; ``info.standard_error`` (n,) is that of every entry.
@@ -217,7 +220,7 @@ def diagonal(
         if f is not None:
             raise OperandError(f"{estimator} is for the diagonal of A itself; use Hutchinson(m) for that of f(A)")
         value, error = xdiag(A, estimator, generator)
-        info = Info(estimator, 2 * estimator.m, 1, standard_error=error, details={"estimator": estimator})
+        info = Info(estimator, estimator.m, 1, standard_error=error, details={"estimator": estimator})
         return (value, info) if return_info else value
     _check_estimator(estimator)
     Z = estimator.probes(n, A.dtype, A.device, generator)
