@@ -31,7 +31,18 @@ from .methods import Adjoint, Arnoldi, Auto, Frechet, Lanczos, Unrolled
 from .operators import Counting, LinearOperator, aslinearoperator
 from .ravel import ravel
 from .result import Info, Status
-from .solve import CG, MINRES, Direct, Jacobi, Landmarks, Nystrom, PivotedCholesky, RandomlyPivotedCholesky, solve
+from .solve import (
+    CG,
+    GMRES,
+    MINRES,
+    Direct,
+    Jacobi,
+    Landmarks,
+    Nystrom,
+    PivotedCholesky,
+    RandomlyPivotedCholesky,
+    solve,
+)
 from .stochastic import (
     Deflated,
     Hutchinson,
@@ -60,6 +71,7 @@ __all__ = [
     "Direct",
     "DomainError",
     "Frechet",
+    "GMRES",
     "HutchPP",
     "Hutchinson",
     "Info",

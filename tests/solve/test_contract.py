@@ -6,10 +6,10 @@ import torch
 import ritz
 from ritz.errors import ConvergenceError, ConvergenceWarning, NonFiniteError, OperandError
 from ritz.result import Status
-from ritz.solve import CG, MINRES, Direct, solve
+from ritz.solve import CG, GMRES, MINRES, Direct, solve
 from ritz.testing import problem
 
-METHODS = [CG(), MINRES(), Direct()]
+METHODS = [CG(), MINRES(), GMRES(), Direct()]
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -62,7 +62,7 @@ def test_bad_operands(options, error, words):
         solve(options.pop("A"), options.pop("b"), **options)
 
 
-@pytest.mark.parametrize("method", METHODS[:2], ids=str)
+@pytest.mark.parametrize("method", METHODS[:3], ids=str)
 def test_a_product_with_nan_is_named(method):
     A = ritz.aslinearoperator(lambda X: X * float("nan"), shape=16, dtype=torch.float64, psd=True, block=True)
     with pytest.raises(NonFiniteError, match="product with A returned NaN or Inf .* in step 1"):

@@ -6,10 +6,10 @@ import torch
 import ritz
 from ritz.errors import SecondDerivativeError, TransformError
 from ritz.result import Status
-from ritz.solve import CG, MINRES, Direct, Jacobi, solve
+from ritz.solve import CG, GMRES, MINRES, Direct, Jacobi, solve
 from ritz.testing import laplacian_2d, problem
 
-METHODS = [CG(rtol=1e-12), MINRES(rtol=1e-12), Direct()]
+METHODS = [CG(rtol=1e-12), MINRES(rtol=1e-12), GMRES(rtol=1e-12), Direct()]
 
 
 def normal(*shape, seed=0, dtype=torch.float64):

@@ -1,8 +1,9 @@
-"""Solves: x = A⁻¹ b by conjugate gradients, MINRES or a dense factorisation, and preconditioners."""
+"""Solves: x = A⁻¹ b by conjugate gradients, MINRES, GMRES or a dense factorisation, and preconditioners."""
 
 from .auto import choose
 from .cg import CG
 from .direct import Direct
+from .gmres import GMRES
 from .lowrank import LowRankPreconditioner
 from .minres import MINRES
 from .nystrom import Landmarks, Nystrom, PivotedCholesky, RandomlyPivotedCholesky, default_rank
@@ -13,6 +14,7 @@ from .splitting import split_noise, split_shift
 
 __all__ = [
     "CG",
+    "GMRES",
     "MINRES",
     "DiagonalPreconditioner",
     "Direct",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import OperandError
 from ..operators import Diagonal, Identity
 from .cg import CG
-from .direct import Direct, bytes_needed
+from .direct import Direct
+from .gmres import GMRES
 from .minres import MINRES
 
 if TYPE_CHECKING:
@@ -19,19 +19,18 @@ if TYPE_CHECKING:
 DIRECT_UP_TO = 2000
 
 
-def choose(A: LinearOperator, *, preconditioned: bool = False) -> CG | MINRES | Direct:
+def choose(A: LinearOperator, *, preconditioned: bool = False) -> CG | MINRES | GMRES | Direct:
     """The solver that ``Auto()`` stands for.
 
     1. a diagonal operator: ``Direct()`` (a division);
     2. n ≤ 2000 and no preconditioner: ``Direct()``;
     3. known to be positive semidefinite: ``CG()``;
     4. known to be Hermitian: ``MINRES()``;
-    5. otherwise ``Direct()``, if matrix and factor fit into its ``max_bytes`` (8 GiB: n ≤ 23 170 in float64).
+    5. otherwise ``Direct()``, if there is no preconditioner and matrix and factor fit into its ``max_bytes`` (8 GiB:
+       n ≤ 23 170 in float64);
+    6. otherwise ``GMRES()``.
 
     Nothing else counts: neither values, nor free memory, nor the right-hand sides.
-
-    Raises:
-        OperandError: for an operator of point 5 that does not fit.
     """
     if isinstance(A, (Diagonal, Identity)):
         return Direct()
@@ -41,16 +40,5 @@ def choose(A: LinearOperator, *, preconditioned: bool = False) -> CG | MINRES | 
         return CG()
     if A.hermitian:
         return MINRES()
-    if preconditioned:
-        raise OperandError(
-            "a preconditioner came with an operator that is not known to be Hermitian; CG and MINRES need "
-            "hermitian=True or psd=True (ritz.aslinearoperator(A, psd=True)), Direct() takes no preconditioner"
-        )
     direct = Direct()
-    if direct.fits(A):
-        return direct
-    raise OperandError(
-        f"an operator of shape {A.shape} in {A.dtype} is not known to be Hermitian, and its dense factorisation needs "
-        f"{bytes_needed(A) / 2**30:.1f} GiB; if it is Hermitian declare hermitian=True or psd=True; otherwise pass "
-        "method=Direct(max_bytes=...) where there is memory, or solve the normal equations A.mH @ A with CG()"
-    )
+    return direct if direct.fits(A) and not preconditioned else GMRES()

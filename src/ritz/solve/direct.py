@@ -1,4 +1,4 @@
-"""Dense factorisation: the right choice for small systems, and the only one yet for nonsymmetric ones."""
+"""Dense factorisation: the right choice for small systems."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Direct:
             raise OperandError(
                 f"a dense factorisation at n={n} in {A.dtype} needs {size} bytes ({size / 2**30:.1f} GiB) for the "
                 f"matrix and its factor; Direct(max_bytes={self.max_bytes}) allows {self.max_bytes / 2**30:.1f} GiB: "
-                "raise max_bytes, use float32, or declare hermitian=True / psd=True for MINRES() / CG()"
+                "raise max_bytes, use float32, or use GMRES(), or declare hermitian=True / psd=True for MINRES() / CG()"
             )
         matrix, factor = factorise(A, shifted)
 

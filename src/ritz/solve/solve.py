@@ -19,12 +19,13 @@ from ..result import Info, OnFailure, report
 from .auto import choose
 from .cg import CG
 from .direct import Direct
+from .gmres import GMRES
 from .minres import MINRES
 from .multishift import solve_shifted
 from .preconditioners import as_product
 from .system import Kernel, Outcome, Product, Scalars, default_steps, inner, solve_columns, worst
 
-Solver = CG | MINRES | Direct
+Solver = CG | MINRES | GMRES | Direct
 
 
 def solve(
@@ -47,13 +48,14 @@ def solve(
     Args:
         A: square operator (n, n), or anything that ``aslinearoperator`` takes.
         b: right-hand side (n,), or a block (n, k); the dtype and device of A.
-        method: ``CG()``, ``MINRES()``, ``Direct()``, or ``Auto()``, which is decided by :func:`ritz.solve.choose`.
-            With CG or MINRES the caller promises that A is Hermitian where A does not say.
+        method: ``CG()``, ``MINRES()``, ``GMRES()``, ``Direct()``, or ``Auto()``, which is decided by
+            :func:`ritz.solve.choose`. With CG or MINRES the caller promises that A is Hermitian where A does not say.
         preconditioner: ``Jacobi()``, ``RandomlyPivotedCholesky(rank)``, an object with ``solve(X)``, or a callable
-            X -> P⁻¹ X; Hermitian positive definite. Not with shifts, nor with Direct.
+            X -> P⁻¹ X; Hermitian positive definite (for GMRES any invertible map, which serves the backward solve
+            too). Not with shifts, nor with Direct.
         x0: first guess, shape of b (Direct does not need it). Not with shifts.
         shifts: real tensor (s,); CG then needs the products of one run for all of them (and s·k to check), Direct one
-            eigendecomposition; MINRES runs s·k columns.
+            eigendecomposition; MINRES and GMRES run s·k columns.
         backward: method of the backward solve; None is the forward's with the relative tolerance it aimed for.
         return_info: whether to return (x, info).
         on_failure: "warn", "raise" or "ignore" when a column misses its tolerance, also in backward.
@@ -95,7 +97,7 @@ def solve(
     back = None if backward is None else _resolve(backward, A, preconditioner is not None)
     if back is not None:
         _check_method(back, A, sigma is not None, None)
-    if A.hermitian is None and not all(isinstance(m, Direct) for m in (method, back or method)):
+    if A.hermitian is None and any(isinstance(m, (CG, MINRES)) for m in (method, back)):
         A = A.declare(hermitian=True)
 
     with Run(A, *((b,) if sigma is None else (b, sigma))) as run:
@@ -165,8 +167,8 @@ def _resolve(method: Any, A: LinearOperator, preconditioned: bool) -> Solver:
     """The method that runs, with its defaults filled in."""
     if isinstance(method, Auto):
         method = choose(A, preconditioned=preconditioned)
-    if not isinstance(method, (CG, MINRES, Direct)):
-        raise OperandError(f"method is {method!r}; expected Auto(), CG(), MINRES() or Direct()")
+    if not isinstance(method, (CG, MINRES, GMRES, Direct)):
+        raise OperandError(f"method is {method!r}; expected Auto(), CG(), MINRES(), GMRES() or Direct()")
     return method.resolve(A)
 
 
@@ -177,11 +179,13 @@ def _check_method(method: Solver, A: LinearOperator, shifted: bool, precondition
         if preconditioner is not None:
             raise OperandError("Direct() takes no preconditioner; drop it, or use method=CG() or MINRES()")
         return
+    if isinstance(method, GMRES):
+        return
     if A.hermitian is False:
         raise OperandError(
             f"{name} needs a Hermitian operator; this one is known not to be (a matrix is compared with its adjoint "
             "exactly): declare it by ritz.aslinearoperator(A, hermitian=True), or psd=True, if it is Hermitian up to "
-            "rounding, and use method=Direct() if it is not"
+            "rounding, and use method=GMRES() or Direct() if it is not"
         )
     if isinstance(method, CG) and A.psd is False and not shifted:
         raise OperandError("CG needs a positive definite operator; this one has psd=False: use MINRES() or Direct()")
