@@ -9,7 +9,7 @@ from tests.curvature.oracle import Net, batch, factors, kfac, loss_of
 from tests.curvature.recorder import close
 from torch import nn
 
-from ritz.curvature import GaussNewton, SquaredError
+from ritz.curvature import GaussNewton, Jacobian, SquaredError
 
 # The compiler looks at `.grad` of whatever tensor enters the part of a graph behind a break, in any model.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -122,3 +122,14 @@ assert type(A._kept[0]).__name__ == "Factored"
 assert "torch._dynamo" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.script:DeprecationWarning")
+def test_products_through_a_compiled_convolution():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Tanh(), nn.Conv1d(2, 2, 2), nn.Flatten(), nn.Linear(6, 3)).double()
+    x, V = torch.randn(4, 1, 6, dtype=torch.float64), torch.randn(39, 2, dtype=torch.float64)
+    plain, compiled = Jacobian(model, data=x), Jacobian(torch.compile(model, backend="eager"), data=x)
+    torch.testing.assert_close(compiled @ V, plain @ V, rtol=1e-11, atol=1e-11)
+    U = torch.randn(12, 2, dtype=torch.float64)
+    torch.testing.assert_close(compiled.mH @ U, plain.mH @ U, rtol=1e-11, atol=1e-11)

@@ -1,11 +1,15 @@
 """Convolutions recorded for their products alone: values against dense Jacobians, and no convolution for nothing."""
 
+import copy
+
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import nn
 from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from ritz.curvature import GGN, CrossEntropy, Jacobian
 
@@ -123,3 +127,66 @@ def test_products_stay_differentiable_where_that_is_asked_for():
         return v @ (GGN(f, CrossEntropy(), list(p), (x, y), hyperparameters=p) @ v)
 
     assert torch.autograd.gradcheck(value, params, fast_mode=True)
+
+
+def inner(w, z):
+    """A force: the network takes a gradient itself."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        energy = F.conv1d(z, w).tanh().sum()
+        return torch.autograd.grad(energy, z, create_graph=True)[0].flatten(1)
+
+
+def shared(w, z):
+    return F.conv1d(F.conv1d(z, w[:, :1]).tanh(), w).flatten(1)
+
+
+def with_checkpoint(w, z):
+    return checkpoint(lambda z: F.conv1d(z, w).tanh(), z, use_reentrant=False).flatten(1)
+
+
+def with_forward_mode(w, z):
+    return torch.func.jvp(lambda q: F.conv1d(q, w).tanh(), (z,), (torch.ones_like(z),))[1].flatten(1)
+
+
+def with_grad_transform(w, z):
+    return torch.func.grad(lambda q: F.conv1d(q, w).tanh().sum())(z).flatten(1)
+
+
+def with_dual_numbers(w, z):
+    with fwAD.dual_level():
+        return fwAD.unpack_dual(F.conv1d(fwAD.make_dual(z, torch.ones_like(z)), w).tanh()).tangent.flatten(1)
+
+
+UNUSUAL = (inner, shared, with_checkpoint, with_forward_mode, with_grad_transform, with_dual_numbers)
+
+
+# torch warns of its own script compiler where it loads the rules of forward mode.
+@pytest.mark.filterwarnings("ignore:.*jit.script:DeprecationWarning")
+@pytest.mark.parametrize("f", UNUSUAL, ids=lambda f: f.__name__)
+def test_networks_that_differentiate_themselves_and_share_weights(f):
+    w, z = columns(12, 1, 0).reshape(2, 2, 3), columns(3 * 9, 1, 1).reshape(3, 1, 9)
+    z = z if f is shared else z.expand(3, 2, 9).contiguous()
+    # Differences of the outputs, which no recording has a say in.
+    steps = 1e-6 * torch.eye(12, dtype=torch.float64).reshape(12, 2, 2, 3)
+    J = torch.stack([(f(w + e, z) - f(w - e, z)).detach().flatten() / 2e-6 for e in steps], 1)
+    operator = Jacobian(f, params=w, data=z)
+    V, U = columns(12, 2, 2), columns(J.shape[0], 2, 3)
+    torch.testing.assert_close(operator @ V, J @ V, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(operator.mH @ U, J.T @ U, rtol=1e-7, atol=1e-7)
+
+
+def test_autocast():
+    x = columns(4 * 6, 1, 1).reshape(4, 1, 6)
+    model = flat(nn.Conv1d(1, 2, 3), nn.Tanh(), nn.Conv1d(2, 2, 2))
+    J = dense(model, [n for n, _ in model.named_parameters()], x)
+    single = copy.deepcopy(model).float()
+
+    def lowered(p, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return functional_call(single, p, (x,)).float()
+
+    params = {n: p.detach() for n, p in single.named_parameters()}
+    V = columns(J.shape[1], 2, 2)
+    got = Jacobian(lowered, params=params, data=x.float()) @ V.float()
+    torch.testing.assert_close(got, (J @ V).float(), rtol=0.1, atol=0.1)

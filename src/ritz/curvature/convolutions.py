@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from ..numerics import in_transform
 
 
 @dataclass(frozen=True)
@@ -39,21 +42,19 @@ class _Convolution:
 
 
 class _Forward(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(of: _Convolution, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, of: _Convolution, mode: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.of, ctx.mode = of, mode
+        ctx.save_for_backward(x, weight)
         return of(x, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.of = inputs[0]
-        ctx.save_for_backward(*inputs[1:3])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        return None, *_Pull.apply(ctx.of, list(ctx.needs_input_grad[1:]), g, x.detach(), weight.detach())
+        mask = list(ctx.needs_input_grad[2:])
+        if ctx.mode.active:  # the network itself takes a gradient: what it gets depends on x and the weight
+            return None, None, *ctx.of.pull(mask, g, x, weight)
+        return None, None, *_Pull.apply(ctx.of, mask, g, x.detach(), weight.detach())
 
 
 class _Pull(torch.autograd.Function):
@@ -84,15 +85,26 @@ class _Pull(torch.autograd.Function):
 
 
 def _plain(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
     groups: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor | None, Any, Any, Any, bool, Any, int]:
     return input, weight, bias, stride, padding, dilation, False, 0, groups
 
 
 def _transposed(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
-    output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
 ) -> tuple[Tensor, Tensor, Tensor | None, Any, Any, Any, bool, Any, int]:
     return input, weight, bias, stride, padding, dilation, True, output_padding, groups
 
@@ -107,23 +119,35 @@ _READ: dict[Callable[..., Tensor], Callable[..., tuple]] = {
 class LinearConvolutions(TorchFunctionMode):
     """Context in which convolutions are recorded so that J v pays for what it needs alone.
 
-    What is recorded may be differentiated in the outputs' cotangents, and, backward once, in parameters; derivatives of
-    products in the parameters are zero and must not be asked for. Autocast and unbatched inputs are left to torch.
+    Outputs that were recorded in it may be differentiated, after it, in their cotangents, and backward once in what
+    they depend on; derivatives of that in the parameters are zero and must not be asked for. Left to torch: unbatched
+    inputs, autocast, compiled code, and convolutions inside of other transforms.
     """
+
+    active = False
+
+    def __enter__(self) -> Any:
+        self.active = True
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.active = False
+        super().__exit__(*error)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in _READ:
+        if func not in _READ or torch.compiler.is_compiling() or in_transform() or fwAD._current_level >= 0:
             return func(*args, **kwargs)
         x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = _READ[func](*args, **kwargs)
         ordinary = x.ndim == weight.ndim and x.is_floating_point() and not isinstance(padding, str)
-        if not ordinary or torch.is_autocast_enabled(x.device.type):
+        kind = x.device.type
+        if not ordinary or (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
             return func(*args, **kwargs)
         axes = x.ndim - 2
         stride, padding, dilation, output_padding = (
             list(v) if isinstance(v, (tuple, list)) else [v] * axes for v in (stride, padding, dilation, output_padding)
         )
         of = _Convolution(stride, padding, dilation, transposed, output_padding, groups)
-        return _Forward.apply(of, x, weight, bias)
+        return _Forward.apply(of, self, x, weight, bias)

@@ -39,6 +39,20 @@ class Saved:
         """Context in which saved tensors are counted."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
 
+    @classmethod
+    def of(cls, record: Callable[[], None], apart: Sequence[Tensor]) -> int:
+        """Bytes that ``record`` keeps; a network that uses torch.func.grad inside refuses to be counted."""
+        saved = cls(apart)
+        try:
+            with saved.counting():
+                record()
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            record()
+            return BLOCK_BYTES  # as if one column were all that fits
+        return saved.bytes
+
 
 def leaves_of(network: Network, recorded: Sequence[Tensor]) -> list[Tensor]:
     """What to differentiate in: the parameters among ``recorded`` as they are, fresh leaves for the others."""
@@ -55,22 +69,22 @@ class Linearization:
 
     def __init__(self, network: Network, x: Any, recorded: Sequence[Tensor] = ()) -> None:
         self.network, self._record = network, bool(recorded)
+        self._leaves = leaves_of(network, recorded)
+
+        def record() -> None:
+            with contextlib.nullcontext() if recorded else LinearConvolutions():
+                self._f = network(self._leaves, x)
+            if not self._f.requires_grad:
+                raise OperandError(
+                    "the outputs do not depend on the selected parameters; check params=, and that the forward "
+                    "pass does not detach or run under no_grad"
+                )
+            self._u = torch.zeros_like(self._f, requires_grad=True)
+            self._g = torch.autograd.grad(self._f, self._leaves, self._u, create_graph=True, allow_unused=True)
+
         with torch.enable_grad():
-            self._leaves = leaves_of(network, recorded)
-            saved = Saved(self._leaves)
-            lean = contextlib.nullcontext() if recorded else LinearConvolutions()
-            with saved.counting():
-                with lean:
-                    self._f = network(self._leaves, x)
-                if not self._f.requires_grad:
-                    raise OperandError(
-                        "the outputs do not depend on the selected parameters; check params=, and that the forward "
-                        "pass does not detach or run under no_grad"
-                    )
-                self._u = torch.zeros_like(self._f, requires_grad=True)
-                self._g = torch.autograd.grad(self._f, self._leaves, self._u, create_graph=True, allow_unused=True)
+            self.bytes = Saved.of(record, self._leaves)
         self.f = self._f if recorded else self._f.detach()
-        self.bytes = saved.bytes
 
     def jvp(self, V: Tensor) -> Tensor:
         """J V, (k, P) -> (k, *shape of f)."""
@@ -105,15 +119,16 @@ class SecondDerivative:
         self, network: Network, of: Callable[[Sequence[Tensor]], Tensor], recorded: Sequence[Tensor] = ()
     ) -> None:
         self.network, self._record = network, bool(recorded)
+        self._leaves = leaves_of(network, recorded)
+
+        def record() -> None:
+            value = of(self._leaves)
+            if not value.requires_grad:
+                raise OperandError("the loss does not depend on the selected parameters; check params=")
+            self._g = torch.autograd.grad(value, self._leaves, create_graph=True, allow_unused=True)
+
         with torch.enable_grad():
-            self._leaves = leaves_of(network, recorded)
-            saved = Saved(self._leaves)
-            with saved.counting():
-                value = of(self._leaves)
-                if not value.requires_grad:
-                    raise OperandError("the loss does not depend on the selected parameters; check params=")
-                self._g = torch.autograd.grad(value, self._leaves, create_graph=True, allow_unused=True)
-        self.bytes = saved.bytes
+            self.bytes = Saved.of(record, self._leaves)
 
     def product(self, V: Tensor) -> Tensor:
         """H V, (k, P) -> (k, P)."""
