@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from ..errors import OperandError
+from ..numerics import check_finite
 from ..operators import LinearOperator
 from .batches import Batch, read, to_device
 from .factored import Factored
 from .losses import Loss
 from .network import Network, Selection
+from .preflight import largest_columns, largest_side, last_parameters, refuse
 from .torch_losses import as_loss
 
 Known = Callable[[int], tuple[Any, Batch]]  # the recorded pass and the data of a batch
@@ -98,14 +100,20 @@ class DataOperator(LinearOperator):
             return product(X, lambda i: self._anew(i, recorded))
         self._columns += X.shape[1]
         with torch.no_grad():
-            return product(X, self._known)
+            found = product(X, self._known)
+        check_finite(found, f"a product with {type(self).__name__}")
+        return found
 
     def to_dense(self) -> Tensor:
-        n, m = self.shape
-        preflight(n * m, self.dtype, f"{type(self).__name__}.to_dense() of shape ({n}, {m})",
-                  "use products (A @ x), ritz.trace, ritz.logdet or ritz.solve, which need none of it, or a subset of "
-                  "the parameters (params=)")  # fmt: skip
+        refuse(self.shape, self.dtype, f"{type(self).__name__}.to_dense()", self._what_fits())
         return super().to_dense()
+
+    def _what_fits(self) -> str:
+        """Instead of a matrix that does not."""
+        n, m = self.shape
+        most = largest_side(self.dtype) if n == m else largest_columns(n, self.dtype)
+        fits = last_parameters(self.network.names, self.network.sizes, most)
+        return f"{fits}; products (A @ x), ritz.trace, ritz.logdet, ritz.solve and ritz.eigsh need no matrix"
 
     def _anew(self, i: int, recorded: Sequence[Tensor]) -> tuple[Any, Batch]:
         batch = to_device(self.batches[i], self.device)
@@ -231,10 +239,3 @@ class LossOperator(DataOperator):
             total = found if total is None else total + found
         assert total is not None
         return self.scale * total.mT
-
-
-def preflight(entries: int, dtype: torch.dtype, what: str, instead: str, limit: int = 8 << 30) -> None:
-    """Raise before a matrix is formed that does not fit, naming what does."""
-    size = entries * dtype.itemsize
-    if size > limit:
-        raise OperandError(f"{what} takes {size / 2**30:.1f} GiB (limit {limit / 2**30:.0f} GiB); {instead}")

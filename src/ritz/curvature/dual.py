@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from ..errors import OperandError
+from ..numerics import check_finite
 from ..operators import LinearOperator
 from .batches import Batch, to_device
 from .factored import Factored
 from .ggn import GGN
 from .losses import CustomLoss
+from .preflight import largest_side, refuse
 
 ROWS_AT_ONCE = 64  # of the root that go back through the network together, where layers have no rows
 
@@ -43,6 +45,13 @@ class DualGGN(LinearOperator):
         self._rows = [s.numel() for s in found]
         super().__init__((sum(self._rows),) * 2, G.dtype, G.device, psd=True)
 
+    def to_dense(self) -> Tensor:
+        each = self.shape[0] // max(1, sum(b.size for b in self.G.batches))
+        most = largest_side(self.dtype) // max(1, each)
+        instead = f"at most {most} examples fit, of {each} outputs each; products with it need no matrix"
+        refuse(self.shape, self.dtype, "DualGGN.to_dense()", instead)
+        return super().to_dense()
+
     def _matmat(self, X: Tensor) -> Tensor:
         self.G.network.check_unchanged()
         if torch.is_grad_enabled() and X.requires_grad:
@@ -59,7 +68,9 @@ class DualGGN(LinearOperator):
                 V = own if V is None else V + own
             assert V is not None
             out = [self._forward(*G._known(i), V).reshape(-1, k) for i in range(len(G.batches))]
-        return G.scale * torch.cat(out)
+        found = G.scale * torch.cat(out)
+        check_finite(found, "a product with DualGGN")
+        return found
 
     def root_rows(self) -> Tensor:
         """√c Rᵀ J itself, (M, P): the dual is this matrix times its transpose, G its transpose times it."""

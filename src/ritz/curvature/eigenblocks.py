@@ -18,6 +18,7 @@ from ..functions.scalar import as_function
 from ..operators import LinearOperator
 from .discover import Site
 from .network import Network
+from .preflight import largest_side, last_parameters, refuse
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,12 @@ class EigenBlocks(LinearOperator):
         for b, part in zip(self.blocks, C.split(sizes, 1)):
             b.scatter(b.from_basis(part.reshape(C.shape[0], *b.eigenvalues.shape)), self.network.shapes, out)
         return self.network.join(out, (C.shape[0],))
+
+    def to_dense(self) -> Tensor:
+        names, sizes = self.network.names, self.network.sizes
+        instead = f"{last_parameters(names, sizes, largest_side(self.dtype))}; products and inverses need no matrix"
+        refuse(self.shape, self.dtype, f"{type(self).__name__}.to_dense()", instead)
+        return super().to_dense()
 
     def _matmat(self, X: Tensor) -> Tensor:
         return self.from_basis(self.eigenvalues * self.to_basis(X.mT)).mT

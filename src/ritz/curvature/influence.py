@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OperandError
+from ..numerics import check_finite
 from ..operators import aslinearoperator
 from ..solve import solve
 from .eigenblocks import EigenBlocks
@@ -33,7 +34,7 @@ def influence(
     Cost: min(m, n) solves as one block. Gradient: in A's tensors and both operands (by ``ritz.solve``).
 
     Raises:
-        OperandError: gradients that do not fit A.
+        OperandError, NonFiniteError: gradients that do not fit A; NaN or Inf in them.
 
     Reference: Koh, Liang, "Understanding black-box predictions via influence functions" (2017).
     """
@@ -42,6 +43,7 @@ def influence(
     for name, g in (("test_gradients", test), ("train_gradients", train)):
         if g.ndim != 2 or g.shape[1] != A.shape[0]:
             raise OperandError(f"{name} has shape {tuple(g.shape)}; expected (number, P) with P = {A.shape[0]}")
+        check_finite(g, name)
     if isinstance(A, EigenBlocks):
         values = A.eigenvalues + damping
         if not bool((values > 0).all()):

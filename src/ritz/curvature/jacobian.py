@@ -14,6 +14,7 @@ from .factored import Factored, factor
 from .linearize import Linearization
 from .network import Network, Selection
 from .output_vectors import MOST_VECTORS, unit_vectors
+from .preflight import largest_side
 
 
 class Jacobian(DataOperator):
@@ -117,3 +118,8 @@ class NTK(Jacobian):
         return self._run(self._accumulate, self._run(self._accumulate_adjoint, X))
 
     _rmatmat = _matmat
+
+    def _what_fits(self) -> str:
+        each = self.shape[0] // max(1, sum(b.size for b in self.batches))
+        most = largest_side(self.dtype) // max(1, each)
+        return f"at most {most} examples fit, of {each} rows each; products and ritz.trace need no matrix"

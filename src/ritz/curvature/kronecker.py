@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import OperandError
@@ -22,6 +22,7 @@ from .layers import OneHot
 from .losses import CustomLoss
 from .network import Network, Selection
 from .output_vectors import by_term, label_gradients, root_vectors
+from .preflight import largest_side, refuse
 from .statistics import EmpiricalFisher, GaussNewton, MonteCarloFisher
 from .uses import Passes, Use, Watched, collect, escaped, watch
 
@@ -63,10 +64,14 @@ class BlockApproximation(EigenBlocks):
         watched = watch(self.network, groups=self._groups)
         with torch.no_grad():
             self._check(watched)
+            self._preflight(watched)
             blocks = self._layer_blocks(watched)
             blocks += [_zero_block(self.network, *found) for found in _unreached(watched, blocks)]
             blocks += [self._exact_block(i) for i in watched.rest]
         super().__init__(self.network, blocks)
+
+    def _preflight(self, watched: Watched) -> None:
+        """Raise where what is kept of a layer does not fit."""
 
     _squares = False  # whether rows are squared, example by example
     _groups = True  # whether convolutions in groups, whose inputs are averaged, have a block of the kind
@@ -113,8 +118,8 @@ class BlockApproximation(EigenBlocks):
             got = collect(self.network, watched, batch.x, vectors, KEEP_BYTES)
             if got is None:
                 raise OperandError(
-                    "the layers' output gradients of one batch do not fit (or a layer was not reached); give a smaller "
-                    "micro_batch=, or kind=MonteCarloFisher(1)"
+                    f"the layers' output gradients of a batch of {batch.size} do not fit (or a layer was not reached); "
+                    f"give micro_batch={max(1, batch.size // 4)} or less, or kind=MonteCarloFisher(1)"
                 )
             yield batch, got
 
@@ -146,6 +151,17 @@ class KFAC(BlockApproximation):
 
     def _layer_blocks(self, watched: Watched) -> list[EigenBlock]:
         return [_kronecker_block(self.network, *found) for found in self._factors(watched)]
+
+    def _preflight(self, watched: Watched) -> None:
+        most, names = largest_side(self.network.dtype), self.network.names
+        for site, at in zip(watched.sites, watched.where):
+            if at[0] is None:
+                continue
+            rows, columns = site.rule.to_matrix(site.module, self.network.parameters[at[0]].detach()).shape
+            side = max(rows, 0 if isinstance(site.module, nn.Embedding) else columns + (at[1] is not None))
+            refuse((side, side), self.network.dtype, f"a Kronecker factor of {names[at[0]]}",
+                   f"factors have at most {most} rows: leave this layer out by params=, or take DiagonalGGN "
+                   "(structure='diag' of Laplace)")  # fmt: skip
 
     def _factors(self, watched: Watched) -> list[tuple[tuple[int | None, int | None], Site, Tensor, Tensor]]:
         """For each layer where it is, a site, and the factors A and B."""

@@ -142,6 +142,9 @@ def _arguments(x: Any) -> tuple[Any, ...]:
 def select(module: nn.Module, params: Selection) -> dict[str, Tensor]:
     """The named parameters of a module that are meant, in the module's order."""
     named = dict(module.named_parameters())
+    first = {id(p): name for name, p in named.items()}
+    # A tied parameter has several names, and is meant by each of them.
+    aliases = {name: first[id(p)] for name, p in module.named_parameters(remove_duplicate=False)}
     if params is None:
         found: dict[str, Tensor] = {name: p for name, p in named.items() if p.requires_grad}
         if not found:
@@ -150,13 +153,12 @@ def select(module: nn.Module, params: Selection) -> dict[str, Tensor]:
     if isinstance(params, (str, Tensor)):
         params = [params]  # type: ignore[list-item]
     wanted = list(params.values() if isinstance(params, dict) else params)  # type: ignore[union-attr]
-    by_id = {id(p): name for name, p in named.items()}
     names: set[str] = set()
     for item in wanted:
-        if isinstance(item, Tensor) and id(item) in by_id:
-            names.add(by_id[id(item)])
+        if isinstance(item, Tensor) and id(item) in first:
+            names.add(first[id(item)])
             continue
-        own = {n for n in named if isinstance(item, str) and (n == item or n.startswith(item + "."))}
+        own = {own for n, own in aliases.items() if isinstance(item, str) and (n == item or n.startswith(item + "."))}
         if not own:
             what = f"a tensor {tuple(item.shape)}" if isinstance(item, Tensor) else repr(item)
             raise OperandError(f"params has {what}, which is none of the model's: {', '.join(named)}")

@@ -17,6 +17,8 @@ from ..solve import MINRES
 from ..solve.system import solve_columns
 from .thick_restart import thick_restart
 
+MOST_BYTES = 8 << 30  # of the basis
+
 
 class EigenPairs(NamedTuple):
     """Eigenvalues (k,), real, best first, and orthonormal eigenvectors (n, k)."""
@@ -96,6 +98,13 @@ def eigsh(
     rtol = (1e-5 if single else 1e-9) if rtol is None else rtol
     size = max(2 * k, k + 20) + 2 * block if basis is None else max(basis, k + 2 * block)
     limit = 100 * k + 1000 if max_matvecs is None else max_matvecs
+    room, kept = MOST_BYTES // (n * A.dtype.itemsize), min(size, n)
+    if kept > room:
+        most = max(0, min(room // 2 - block, room - 2 * block - 20))
+        raise OperandError(
+            f"eigsh(k={k}) keeps {kept} vectors of length {n}, {kept * n * A.dtype.itemsize / 2**30:.1f} GiB (limit "
+            f"{MOST_BYTES / 2**30:.0f} GiB); k up to {most} fits" + ("" if basis is None else f", or basis={room}")
+        )
     with Run(A) as run:
         start = _start(A, v0, block, seed)
         found = thick_restart(run.matmat, start, k, which, min(size, n), rtol, limit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from dataclasses import fields
 from typing import Any
 
@@ -14,11 +15,11 @@ from ..curvature import EKFAC, GGN, KFAC, CrossEntropy, DiagonalGGN, SquaredErro
 from ..curvature.batches import read, to_device
 from ..curvature.network import Network
 from ..eig import eigsh
-from ..errors import OperandError
-from ..result import Info
+from ..errors import ConvergenceWarning, OperandError
+from ..result import Info, caller_level
 from .choices import check_last_layer, chosen_parameters, maximum
 from .pairs import all_pairs
-from .posterior import Blocks, Full, LowRank, Posterior, Prior
+from .posterior import Blocks, Full, LowRank, Posterior, Prior, low_rank_variance
 from .predictive import probabilities
 from .rows import jacobian_rows
 from .state import restore, state_of
@@ -44,7 +45,8 @@ class Laplace:
             "kron", "ekfac", "diag": :class:`~ritz.curvature.KFAC`, ``EKFAC``, ``DiagonalGGN``. "lowrank": ``rank``
             leading eigenpairs alone.
         sigma_noise: standard deviation of the observations.
-        prior_precision: δ > 0; or a dictionary from names (as in ``subset``) to numbers.
+        prior_precision: δ > 0; or a dictionary from names (as in ``subset``) to numbers, of which the longest name that
+            fits a parameter has the say.
         prior_mean: of all parameters.
         rank: eigenpairs, for "lowrank" and for the variances of "full".
         dense: whether "full" decomposes the smaller one of G and its dual as a whole, in float64: then nothing is
@@ -135,8 +137,7 @@ class Laplace:
         if not math.isfinite(total):
             raise OperandError(f"the negative log-likelihood of the data is {total}; check the model and the targets")
         self._loss = total
-        theta = torch.cat([p.detach().reshape(-1) for p in self.network.parameters]).double()
-        self._squares = (theta - self.prior_mean).square()
+        self._squares = self.squares(self.prior_mean)
         kinds = {"kron": KFAC, "ekfac": EKFAC, "diag": DiagonalGGN}
         if self.structure in kinds:
             self.posterior = Blocks(kinds[self.structure](self.model, self.loss, self.params, pairs, reduction="sum"))
@@ -151,6 +152,11 @@ class Laplace:
         pairs = None if krylov else all_pairs(G, whatever_size=bool(self.dense))
         self.posterior = Full(G, rank=self.rank, **self.settings) if pairs is None else LowRank(*pairs)
         return self
+
+    def squares(self, prior_mean: float) -> Tensor:
+        """(θ − prior mean)² of the parameters as they are, (P,), float64."""
+        theta = torch.cat([p.detach().reshape(-1) for p in self.network.parameters]).double()
+        return (theta - prior_mean).square()
 
     def state_dict(self) -> dict[str, Any]:
         """The fitted posterior as plain tensors and numbers, for ``torch.save``; the model's weights are not in it."""
@@ -210,7 +216,7 @@ class Laplace:
         self.network.check_unchanged()
         prior = self._prior_of(self.prior_precision if prior_precision is None else prior_precision)
         s = self._variance_of(self.sigma_noise if sigma_noise is None else sigma_noise)
-        logdet, error = posterior.logdet(prior, s)
+        logdet, error, status = posterior.logdet(prior, s)
         if (entries := prior.entries) is None:
             assert prior.scalar is not None
             scatter = prior.scalar * self._squares.sum()
@@ -225,7 +231,7 @@ class Laplace:
             )
         if not return_info:
             return value
-        return value, Info(posterior, 0, 0, standard_error=0.5 * error)
+        return value, Info(posterior, 0, 0, standard_error=0.5 * error, status=status)
 
     def optimize_prior_precision(
         self, *, sigma_noise: bool | None = None, groups: Any = None, steps: int = 50
@@ -237,7 +243,7 @@ class Laplace:
             groups: names with a precision of their own each, such as the layers; None: one for all.
             steps: of Adam on logarithms where groups are given; otherwise the curve is searched, without a product.
 
-        Training the network and these together is something else: see ``online``.
+        Training the network and these together is something else: see :func:`~ritz.laplace.marglik_training`.
         """
         self._fitted()
         noise = self.likelihood == "regression" if sigma_noise is None else sigma_noise
@@ -274,22 +280,46 @@ class Laplace:
 
     # -- predictions --------------------------------------------------------------------------------------------------
 
-    def functional_variance(self, x: Any) -> tuple[Tensor, Tensor]:
+    def functional_variance(self, x: Any, *, return_lower: bool = False) -> Any:
         """Outputs f (n, …, C) and the covariance of their linearisation, J Σ Jᵀ, (n, …, C, C), term by term.
 
-        With "full" and a ``rank`` it is an upper bound; ``rank=None`` solves with one right-hand side an output.
+        Args:
+            return_lower: also return a lower bound of the covariance, of the same shape.
+
+        Where "full" knows ``rank`` leading eigenpairs, the covariance is an upper bound, at most 1 + λ/(σ²δ) times the
+        lower one for the smallest eigenvalue λ found and the smallest prior precision δ; a ``ConvergenceWarning`` says
+        so where that is more than 2. Otherwise both are the covariance itself; ``rank=None`` solves with one right-hand
+        side an output.
         """
         posterior = self._fitted()
         self.network.check_unchanged()
         prior, s = self._prior_of(self.prior_precision), self._variance_of(self.sigma_noise).detach()
-        outputs, variances = [], []
+        outputs, uppers, lowers = [], [], []
         with torch.no_grad():
+            upper = lower = posterior.variance(prior, s)
+            if left_out := posterior.unresolved():
+                assert isinstance(posterior, Full)
+                self._warn_of(left_out / float(s * prior.diagonal(1).min()), not return_lower)
+                lower = low_rank_variance(*posterior._leading(), prior, s, more=left_out)
             for f, rows in jacobian_rows(self.network, x):
                 C = f.shape[-1]
-                variance = posterior.variance(rows.reshape(-1, C, rows.shape[-1]), prior, s)
+                rows = rows.reshape(-1, C, rows.shape[-1])
                 outputs.append(f)
-                variances.append(variance.reshape(*f.shape, C))
-        return torch.cat(outputs), torch.cat(variances)
+                uppers.append(upper(rows).reshape(*f.shape, C))
+                if return_lower:
+                    lowers.append(lower(rows).reshape(*f.shape, C) if lower is not upper else uppers[-1])
+        found = torch.cat(outputs), torch.cat(uppers)
+        return (*found, torch.cat(lowers)) if return_lower else found
+
+    def _warn_of(self, excess: float, wanted: bool) -> None:
+        if wanted and excess > 1:
+            warnings.warn(
+                f"predictive variances from {self.rank} eigenpairs are an upper bound, up to {1 + excess:.3g} times "
+                "too large (what was left out may have more curvature than the prior precision); raise rank=, use "
+                "rank=None for solves, or look at functional_variance(x, return_lower=True)",
+                ConvergenceWarning,
+                stacklevel=caller_level(),
+            )
 
     def predict(self, x: Tensor, *, link: str = "probit", samples: int = 100, seed: int = 0) -> Any:
         """Predictions of the linearised network.
@@ -335,7 +365,7 @@ class Laplace:
                 raise OperandError(f"prior_precision={given!r}; expected positive numbers, a scalar or a 1-D tensor")
             return Prior(value)
         found: list[Tensor | None] = [None] * len(self.network.names)
-        for name, value in given.items():
+        for name, value in sorted(given.items(), key=lambda item: len(str(item[0]))):  # the longest name has the say
             own = [i for i, n in enumerate(self.network.names) if n == name or n.startswith(str(name) + ".")]
             number = torch.as_tensor(value, dtype=torch.float64, device=self.network.device)
             if not own or number.numel() != 1 or not bool(number > 0):

@@ -8,8 +8,9 @@ evidence needs, and the eigenvalues of I + W are 1 wherever the data says nothin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from ..errors import OperandError
 from ..functions import funm_multiply
 from ..methods import Lanczos
 from ..operators import Diagonal
+from ..result import Status
 from ..solve import CG, solve
 from ..stochastic import Deflated, Hutchinson, SpectralMeasure, logdet, spectral_measure
 
@@ -57,20 +59,35 @@ class Prior:
         return self.scalar.reshape(1).expand(P)
 
 
+class LogDet(NamedTuple):
+    """A log-determinant, its standard error, and how the run behind it ended."""
+
+    value: Tensor
+    error: Tensor
+    status: Status
+
+
+Variance = Callable[[Tensor], Tensor]
+
+
 class Posterior(ABC):
     """A structure of the posterior covariance."""
 
     @abstractmethod
-    def logdet(self, prior: Prior, s: Tensor) -> tuple[Tensor, Tensor]:
-        """log det(I + W) and its standard error, of the shape of a scalar prior's curve; differentiable in both."""
+    def logdet(self, prior: Prior, s: Tensor) -> LogDet:
+        """log det(I + W), of the shape of a scalar prior's curve; differentiable in both."""
 
     @abstractmethod
     def sample(self, Z: Tensor, prior: Prior, s: Tensor) -> Tensor:
         """(G/s + D)^{-1/2} in some square root, times standard normal rows Z (k, P)."""
 
     @abstractmethod
-    def variance(self, J: Tensor, prior: Prior, s: Tensor) -> Tensor:
-        """J (G/s + D)⁻¹ Jᵀ for rows J (n, C, P), (n, C, C)."""
+    def variance(self, prior: Prior, s: Tensor) -> Variance:
+        """The map from rows J (n, C, P) to J (G/s + D)⁻¹ Jᵀ, (n, C, C)."""
+
+    def unresolved(self) -> float:
+        """The largest curvature, an eigenvalue of G, that :meth:`variance` may leave out."""
+        return 0.0
 
 
 @dataclass
@@ -97,18 +114,19 @@ class Full(Posterior):
     measure: SpectralMeasure | None = field(default=None, repr=False)
     pairs: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
-    def logdet(self, prior: Prior, s: Tensor) -> tuple[Tensor, Tensor]:
+    def logdet(self, prior: Prior, s: Tensor) -> LogDet:
         if (entries := prior.entries) is not None:
             return self._by_groups(entries, s)
         assert prior.scalar is not None
         sigma = (prior.scalar * s).reshape(-1)
         if self.G is not None and any(t.requires_grad for t in self.G.tensors()):  # hyperparameters: a run of its own
             value, info = logdet(self.G, shifts=sigma, estimator=self.estimator, method=self.method, return_info=True)
-            value, error = value - self.G.shape[0] * sigma.log(), info.standard_error
+            value, error, status = value - self.G.shape[0] * sigma.log(), info.standard_error, info.status
         else:
             measure = self._measured(float(sigma.detach().min()))
             value, error = measure.trace(lambda x: torch.log1p(x / sigma.double().reshape(-1, *(1,) * x.ndim)))
-        return value.reshape(prior.scalar.shape), error.reshape(prior.scalar.shape)
+            status = measure.info.status
+        return LogDet(value.reshape(prior.scalar.shape), error.reshape(prior.scalar.shape), status)
 
     def _measured(self, smallest: float) -> SpectralMeasure:
         """Nodes that resolve log(x + smallest), from one run however many values are asked for."""
@@ -145,9 +163,9 @@ class Full(Posterior):
         root = Diagonal((D * s).rsqrt().to(G.dtype))
         return (root @ G @ root).declare(psd=True).shift(1.0)
 
-    def _by_groups(self, D: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    def _by_groups(self, D: Tensor, s: Tensor) -> LogDet:
         value, info = logdet(self._whitened(D, s), estimator=self.estimator, method=self.method, return_info=True)
-        return value, info.standard_error
+        return LogDet(value, info.standard_error, info.status)
 
     def sample(self, Z: Tensor, prior: Prior, s: Tensor) -> Tensor:
         D = prior.diagonal(Z.shape[1]).to(Z.dtype)
@@ -156,15 +174,26 @@ class Full(Posterior):
             Y = funm_multiply(functions.rsqrt, self._whitened(D, s), Z.mT.contiguous(), method=method)
         return Y.mT * D.rsqrt()
 
-    def variance(self, J: Tensor, prior: Prior, s: Tensor) -> Tensor:
-        n, C, P = J.shape
-        D = prior.diagonal(P).to(J.dtype)
-        if self.rank is None:
-            rows = (J * D.rsqrt()).reshape(n * C, P)
-            X = solve(self._whitened(D, s), rows.mT.contiguous(), method=CG(rtol=self.rtol))
+    def variance(self, prior: Prior, s: Tensor) -> Variance:
+        if self.rank is not None:
+            values, V = self._leading()
+            return low_rank_variance(values, V, prior, s)
+        D = prior.diagonal(self._operator().shape[0])
+        W = self._whitened(D, s)
+
+        def by_solves(J: Tensor) -> Tensor:
+            n, C, P = J.shape
+            rows = (J * D.rsqrt().to(J.dtype)).reshape(n * C, P)
+            X = solve(W, rows.mT.contiguous(), method=CG(rtol=self.rtol))
             return torch.einsum("ncp,pnd->ncd", rows.reshape(n, C, P), X.reshape(P, n, C))
+
+        return by_solves
+
+    def unresolved(self) -> float:
+        if self.rank is None:
+            return 0.0
         values, V = self._leading()
-        return low_rank_variance(J, values, V, D, s)
+        return 0.0 if V.shape[1] >= V.shape[0] else float(values.min())
 
     def _leading(self) -> tuple[Tensor, Tensor]:
         if self.pairs is None:
@@ -197,18 +226,22 @@ class Blocks(Posterior):
             own.append(values[0].expand(block.eigenvalues.numel()))
         return torch.cat(own)
 
-    def logdet(self, prior: Prior, s: Tensor) -> tuple[Tensor, Tensor]:
+    def logdet(self, prior: Prior, s: Tensor) -> LogDet:
         value = torch.log1p(self.G.eigenvalues.double() / (self._precision(prior) * s)).sum(-1)
-        return value, torch.zeros_like(value).detach()
+        return LogDet(value, torch.zeros_like(value).detach(), Status.CONVERGED)
 
     def sample(self, Z: Tensor, prior: Prior, s: Tensor) -> Tensor:
         return self.G.from_basis(Z * (self.G.eigenvalues / s + self._precision(prior)).rsqrt().to(Z.dtype))
 
-    def variance(self, J: Tensor, prior: Prior, s: Tensor) -> Tensor:
-        n, C, P = J.shape
-        rows = self.G.to_basis(J.reshape(n * C, P)).reshape(n, C, P)
-        weights = (self.G.eigenvalues / s + self._precision(prior)).reciprocal().to(J.dtype)
-        return torch.einsum("ncp,ndp->ncd", rows * weights, rows)
+    def variance(self, prior: Prior, s: Tensor) -> Variance:
+        weights = (self.G.eigenvalues / s + self._precision(prior)).reciprocal()
+
+        def by_blocks(J: Tensor) -> Tensor:
+            n, C, P = J.shape
+            rows = self.G.to_basis(J.reshape(n * C, P)).reshape(n, C, P)
+            return torch.einsum("ncp,ndp->ncd", rows * weights.to(J.dtype), rows)
+
+        return by_blocks
 
 
 @dataclass
@@ -219,14 +252,14 @@ class LowRank(Posterior):
     V: Tensor
     _grams: Tensor | None = field(default=None, repr=False)
 
-    def logdet(self, prior: Prior, s: Tensor) -> tuple[Tensor, Tensor]:
+    def logdet(self, prior: Prior, s: Tensor) -> LogDet:
         if prior.tensors is None:
             assert prior.scalar is not None
             value = torch.log1p(self.values.double() / (prior.scalar * s).unsqueeze(-1)).sum(-1)
         else:
             inner = self._inner(prior) / s
             value = torch.logdet(inner + torch.eye(inner.shape[0], dtype=inner.dtype, device=inner.device))
-        return value, torch.zeros_like(value).detach()
+        return LogDet(value, torch.zeros_like(value).detach(), Status.CONVERGED)
 
     def _inner(self, prior: Prior) -> Tensor:
         """Uᵀ D⁻¹ U for G = U Uᵀ, (k, k), from the products of every parameter tensor where memory allows."""
@@ -251,21 +284,33 @@ class LowRank(Posterior):
         Q, w, _ = torch.linalg.svd(U, full_matrices=False)
         return Q, w.square()
 
-    def variance(self, J: Tensor, prior: Prior, s: Tensor) -> Tensor:
-        return low_rank_variance(J, self.values, self.V, prior.diagonal(J.shape[2]), s)
+    def variance(self, prior: Prior, s: Tensor) -> Variance:
+        return low_rank_variance(self.values, self.V, prior, s)
 
 
-def low_rank_variance(J: Tensor, values: Tensor, V: Tensor, D: Tensor, s: Tensor) -> Tensor:
-    """J (V diag(λ/s) Vᵀ + D)⁻¹ Jᵀ by the Woodbury identity, (n, C, P) -> (n, C, C).
+def low_rank_variance(values: Tensor, V: Tensor, prior: Prior, s: Tensor, more: float = 0.0) -> Variance:
+    """Rows J (n, C, P) to J (V diag(λ/s) Vᵀ + D)⁻¹ Jᵀ, (n, C, C).
 
-    Where G has more than these eigenpairs this is an upper bound, since leaving out curvature only adds variance.
+    With rows in the coordinates of D^{1/2} and V diag(λ/s) Vᵀ = D^{1/2} Q diag(w) Qᵀ D^{1/2}, what lies in the span of
+    Q is divided by 1 + w, and the rest is left as it is: a sum of squares, which no rounding makes negative. Where G
+    has more than these eigenpairs this is an upper bound, since leaving out curvature only adds variance; ``more``, a
+    bound on what was left out, is added to D for a lower one.
     """
-    n, C, P = J.shape
-    D, rows = D.to(V.dtype), J.to(V.dtype)
-    scaled = rows / D
-    total = torch.einsum("ncp,ndp->ncd", scaled, rows)
-    U = V * (values / s).sqrt().to(V.dtype)
-    inner = (U.mT @ (U / D.unsqueeze(1))).double()
-    R = torch.linalg.cholesky(inner + torch.eye(inner.shape[0], dtype=torch.float64, device=J.device)).to(V.dtype)
-    half = torch.linalg.solve_triangular(R, (scaled.reshape(n * C, P) @ U).mT, upper=False).mT.reshape(n, C, -1)
-    return (total - torch.einsum("nck,ndk->ncd", half, half)).to(J.dtype)
+    D = (prior.diagonal(V.shape[0]) + more / s).to(V.dtype)
+    root = D.rsqrt()
+    if prior.tensors is None:
+        Q, w = V, values / (s * D[0])
+    else:
+        Q, R = torch.linalg.qr(V * (values / s).sqrt().to(V.dtype) * root.unsqueeze(1))
+        w, E = torch.linalg.eigh(R.double() @ R.mT.double())
+        Q = Q @ E.to(Q.dtype)
+    shrink = (1.0 + w.clamp(min=0.0)).reciprocal().to(V.dtype)
+
+    def variance(J: Tensor) -> Tensor:
+        rows = J.to(V.dtype) * root
+        inside = rows @ Q
+        rest = rows - inside @ Q.mT
+        found = rest @ rest.mT + (inside * shrink) @ inside.mT
+        return found.to(J.dtype)
+
+    return variance

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,13 +27,15 @@ def bridge(f: Tensor, variance: Tensor) -> Tensor:
     Reference: Hobbhahn, Kristiadi, Hennig, "Fast predictive uncertainty for classification with Bayesian deep networks"
     (2022).
     """
-    C = f.shape[-1]
+    C, tiny = f.shape[-1], torch.finfo(f.dtype).tiny
     to_sum = variance.sum(-1)
-    whole = to_sum.sum(-1, keepdim=True)
+    whole = to_sum.sum(-1, keepdim=True).clamp(min=tiny)
     f = f - to_sum * f.sum(-1, keepdim=True) / whole
-    marginal = variance.diagonal(dim1=-2, dim2=-1) - to_sum.square() / whole
-    alpha = (1.0 - 2.0 / C + f.exp() / C**2 * torch.exp(-f).sum(-1, keepdim=True)) / marginal
-    return alpha / alpha.sum(-1, keepdim=True)
+    marginal = (variance.diagonal(dim1=-2, dim2=-1) - to_sum.square() / whole).clamp(min=tiny)
+    # Logarithms of α_c = (1 − 2/C + e^{f_c} Σ e^{−f} / C²) / σ_c², since exponentials of confident logits overflow.
+    large = f + torch.logsumexp(-f, -1, keepdim=True) - 2 * math.log(C)
+    constant = torch.full_like(f, -math.inf if C == 2 else math.log(1.0 - 2.0 / C))
+    return torch.softmax(torch.logaddexp(constant, large) - marginal.log(), -1)
 
 
 def monte_carlo(f: Tensor, variance: Tensor, samples: int, generator: torch.Generator) -> Tensor:

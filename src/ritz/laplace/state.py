@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..curvature.eigenblocks import EigenBlock, EigenBlocks
 from ..curvature.uses import watch
 from ..errors import OperandError
@@ -41,15 +43,19 @@ def _posterior_state(posterior: Posterior) -> dict[str, Any]:
     assert isinstance(posterior, Full)
     measure = posterior._measured(posterior.floor)
     fields = ("known", "known_weights", "nodes", "weights", "exact")
+    found = {f: getattr(measure, f) for f in fields} | {"floor": posterior.floor}
+    if posterior.rank is None:  # variances by solves, which a state without data has none of
+        return found
     values, vectors = posterior._leading()
-    return {f: getattr(measure, f) for f in fields} | {"floor": posterior.floor, "values": values, "vectors": vectors}
+    return found | {"values": values, "vectors": vectors}
 
 
 def restore(laplace: Laplace, state: dict[str, Any]) -> None:
     """Put a state into a Laplace of the same model and settings.
 
     Raises:
-        OperandError: a state of another version, structure, likelihood or model; nothing is changed then.
+        OperandError: a state of another version, structure, likelihood or model, or of other weights; nothing is
+            changed then.
     """
     if state.get("version") != VERSION:
         raise OperandError(f"the state has version {state.get('version')!r}; expected {VERSION}")
@@ -58,6 +64,12 @@ def restore(laplace: Laplace, state: dict[str, Any]) -> None:
             raise OperandError(f"the state is of {name}={state[name]!r}; this Laplace has {getattr(laplace, name)!r}")
     if list(laplace.network.names) != state["names"]:
         raise OperandError(f"the state is of the parameters {state['names']}; this model has {laplace.network.names}")
+    squares = laplace.squares(state["prior_mean"])
+    if squares.shape != state["squares"].shape or not torch.allclose(squares, state["squares"].to(squares), rtol=1e-5):
+        raise OperandError(
+            f"the state belongs to other weights ({state['squares'].numel()} of them) than the {squares.numel()} of "
+            "this model; load the weights that the posterior was fitted at first"
+        )
     posterior = _posterior_of(laplace, state["posterior"])
     for name in (*NUMBERS, "sigma_noise", "prior_precision"):
         setattr(laplace, name, state[name])
@@ -77,9 +89,10 @@ def _posterior_of(laplace: Laplace, state: dict[str, Any]) -> Posterior:
     if "nodes" not in state:
         return LowRank(state["values"], state["vectors"])
     info = Info("loaded", 0, 0)
-    full = Full(None, rank=state["values"].numel(), floor=state["floor"], **laplace.settings)
+    rank = state["values"].numel() if "values" in state else None
+    full = Full(None, rank=rank, floor=state["floor"], **laplace.settings)
     full.measure = SpectralMeasure(
         state["known"], state["known_weights"], state["nodes"], state["weights"], state["exact"], info
     )
-    full.pairs = state["values"], state["vectors"]
+    full.pairs = (state["values"], state["vectors"]) if rank is not None else None
     return full

@@ -20,7 +20,7 @@ from ..methods import Auto, KrylovMethod, Lanczos
 from ..operators.base import check_square
 from ..operators.convert import aslinearoperator
 from ..pairing import Run
-from ..result import Info
+from ..result import Info, OnFailure, report
 from .deflated import Deflated, krylov_part
 from .probes import Hutchinson, mean_and_error, rest_probes
 
@@ -77,6 +77,7 @@ def spectral_measure(
     method: KrylovMethod = Lanczos(100),
     f: Any = None,
     generator: torch.Generator | None = None,
+    on_failure: OnFailure = "warn",
 ) -> SpectralMeasure:
     """Nodes and weights of the spectral measure of a Hermitian operator (n, n); no gradient in A.
 
@@ -84,6 +85,7 @@ def spectral_measure(
         estimator: probes, or probes behind a Krylov space that is taken out.
         method: ``Lanczos(k)``; adaptive, it stops where the forms of ``f`` have converged.
         f: the function that an adaptive depth waits for (the hardest one that will be asked for).
+        on_failure: "warn", "raise" or "ignore" where an adaptive depth does not suffice for it.
 
     Cost: the products of the run. Kept: k numbers a probe.
     """
@@ -113,6 +115,7 @@ def spectral_measure(
         spent = run.num_matvecs
     depth = int(space.state.depth.max())
     info = Info(chosen, spent, depth, error, status=status, details={"estimator": estimator})
+    report(info, what=f"a spectral measure by {chosen} at n={n}", target=chosen.rtol or 0.0, on_failure=on_failure)
     return SpectralMeasure(known, known_weights, space.ritz, space.first.square(), exact, info)
 
 
