@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ritz.curvature import GGN, CrossEntropy, CustomLoss, Hessian, Jacobian
-from ritz.errors import OperandError
+from ritz.curvature import GGN, CrossEntropy, CustomLoss, Hessian, Jacobian, data_operator, linearize
+from ritz.errors import NonFiniteError, OperandError
 
 from . import dense
 
@@ -181,3 +181,33 @@ def test_adapters_recurrence_and_encoders(model):
     assert list(A.network.names) == names
     loss = lambda f, t: F.cross_entropy(f.flatten(0, 1), t.flatten())  # noqa: E731
     torch.testing.assert_close(A.to_dense(), dense.ggn(net, names, x, y, loss), rtol=1e-9, atol=1e-12)
+
+
+def test_a_batch_whose_outputs_are_not_finite_is_noticed_in_the_product():
+    model, x, y = linear()
+    G = GGN(model, CrossEntropy(), None, [(x[:3], y[:3]), (x[3:] / 0.0, y[3:])])
+    with pytest.raises(NonFiniteError, match="a product with GGN has .* NaN or Inf"):
+        G @ torch.ones(G.shape[0], **DOUBLE)
+
+
+def test_columns_go_through_together_as_memory_allows(monkeypatch):
+    model, x, y = linear()
+    widths = []
+    real = torch.autograd.grad
+
+    def counting(outputs, inputs, vectors=None, **options):
+        if vectors is not None and options.get("retain_graph"):
+            widths.append(vectors[0].shape[0] if options.get("is_grads_batched") else 1)
+        return real(outputs, inputs, vectors, **options)
+
+    V = torch.randn(16, 6, **DOUBLE)
+    want = GGN(model, CrossEntropy(), None, (x, y)) @ V
+    monkeypatch.setattr(data_operator, "FEW_COLUMNS", 10**9)
+    monkeypatch.setattr(torch.autograd, "grad", counting)
+    for room, expected in ((1 << 30, [6]), (None, [2, 2, 2]), (1, [1] * 6)):
+        G = GGN(model, CrossEntropy(), None, (x, y))
+        at = G._record(G.batches[0], ())
+        monkeypatch.setattr(linearize, "BLOCK_BYTES", 2 * at.bytes + 1 if room is None else room)
+        widths.clear()
+        torch.testing.assert_close(G @ V, want)
+        assert widths == expected * 2  # J V, then Jᵀ U

@@ -23,6 +23,8 @@ X, Y = torch.ones(5, 3), torch.tensor([0, 1, 2, 0, 1])
     ("make", "message"),
     [
         (lambda: GGN(net(nn.Dropout(0.5)), CrossEntropy(), None, (X, Y)), r"1 \(Dropout\) drops activations"),
+        (lambda: GGN(nn.Embedding(3, 2, sparse=True), CrossEntropy(), None, (Y, Y)), "sparse gradients.* sparse=False"),
+        (lambda: GGN(nn.Embedding(3, 2, max_norm=1.0), CrossEntropy(), None, (Y, Y)), "renormalises its weight"),
         (lambda: GGN(net(nn.BatchNorm1d(4)), CrossEntropy(), None, (X, Y)), "statistics of its batch"),
         (lambda: GGN(net(nn.RReLU()), CrossEntropy(), None, (-X, Y)), "two passes of the network"),
         (lambda: GGN(net(), CrossEntropy(), "hidden", (X, Y)), "'hidden', which is none of the model's: 0.weight"),

@@ -35,8 +35,9 @@ DOUBLE = {"dtype": torch.float64}
 class Tokens(nn.Module):
     """Embedding, attention, a layer norm, and a decoder that is tied to the embedding: outputs (n, T, V)."""
 
-    def __init__(self) -> None:
+    def __init__(self, second: bool = False) -> None:
         super().__init__()
+        self.second = second  # whether classes are on axis 1, as torch's losses take them
         self.embed = nn.Embedding(5, 4, **DOUBLE)
         self.attention = nn.MultiheadAttention(4, 2, batch_first=True, **DOUBLE)
         self.norm = nn.LayerNorm(4, **DOUBLE)
@@ -46,7 +47,8 @@ class Tokens(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.embed(x)
         h = self.norm(h + self.attention(h, h, h, need_weights=False)[0])
-        return self.decode(h)
+        f = self.decode(h)
+        return f.mT if self.second else f
 
 
 def mlp(out: int = 3) -> nn.Module:
@@ -89,7 +91,11 @@ def transposed(f: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(f, y)
 
 
-WEIGHTS = torch.tensor([0.5, 1.0, 3.0], **DOUBLE)
+def some_ignored() -> Tensor:
+    return torch.tensor([[0, -9, 4, 1], [-9, -9, 2, 3], [1, 1, 0, -9]])
+
+
+WEIGHTS, FIVE = torch.tensor([0.5, 1.0, 3.0], **DOUBLE), torch.tensor([0.5, 1.0, 3.0, 2.0, 0.1], **DOUBLE)
 ce = nn.CrossEntropyLoss
 CASES = {
     "mlp, cross-entropy module": Case(mlp, rows, labels(6), nn.CrossEntropyLoss(), F.cross_entropy),
@@ -124,6 +130,24 @@ CASES = {
         mlp, rows, rows,
         CustomLoss(lambda f, y: (f - y).cosh().sum(), lambda f, y, v: (f - y).cosh() * v),
         lambda f, y: (f - y).cosh().sum() / f.shape[0],
+    ),
+    "mlp, mse sum": Case(mlp, rows, rows, nn.MSELoss(reduction="sum"), lambda f, y: F.mse_loss(f, y, reduction="sum")),
+    "mlp, logits sum": Case(
+        mlp, rows, lambda: torch.rand(6, 3, **DOUBLE), nn.BCEWithLogitsLoss(reduction="sum"),
+        lambda f, y: F.binary_cross_entropy_with_logits(f, y, reduction="sum"),
+    ),
+    "mlp, counts sum": Case(
+        mlp, rows, lambda: torch.poisson(torch.ones(6, 3, **DOUBLE)), nn.PoissonNLLLoss(reduction="sum"),
+        lambda f, y: F.poisson_nll_loss(f, y, reduction="sum"),
+    ),
+    "sequences, smoothed, weighted and ignored": Case(
+        Tokens, labels(3, 4, classes=5), some_ignored, CrossEntropy(0.3, -9, tuple(FIVE.tolist())),
+        by_class(weight=FIVE, label_smoothing=0.3, ignore_index=-9),
+    ),
+    "sequences, smoothed, weighted and ignored, sum": Case(
+        lambda: Tokens(second=True), labels(3, 4, classes=5), some_ignored,
+        ce(FIVE, label_smoothing=0.3, ignore_index=-9, reduction="sum"),
+        lambda f, y: F.cross_entropy(f, y, FIVE, label_smoothing=0.3, ignore_index=-9, reduction="sum"),
     ),
     "convolutions": Case(convolutions, images, labels(6), CrossEntropy(), F.cross_entropy),
     "sequences, classes last": Case(

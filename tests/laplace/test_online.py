@@ -71,3 +71,41 @@ def test_a_schedule_that_never_asks_for_the_evidence_is_refused():
         marglik_training(nn.Linear(2, 1), [], "regression")
     with pytest.raises(OperandError, match="expected 'layerwise' or 'scalar'"):
         marglik_training(nn.Linear(2, 1), [], "regression", prior_structure="each")
+
+
+class Scaled(nn.Module):
+    """Inputs with a relevance each, which no loss on the training data would make small."""
+
+    def __init__(self, relevance: torch.Tensor) -> None:
+        super().__init__()
+        self.relevance = relevance
+        self.net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x * self.relevance)
+
+
+@pytest.mark.parametrize("keep_best", [False, True])
+def test_hyperparameters_inside_the_model_climb_the_evidence_too(keep_best):
+    torch.manual_seed(0)
+    relevance = torch.ones(5, requires_grad=True, **DOUBLE)
+    options = {"structure": "full", "optimizer": functools.partial(torch.optim.Adam, lr=0.02), "n_epochs": 60,
+               "marglik_frequency": 5, "n_epochs_burnin": 20, "n_hypersteps": 5, "lr_hyp": 0.1}  # fmt: skip
+    model = Scaled(relevance)
+    result = marglik_training(model, data(), "regression", hyperparameters=[relevance], keep_best=keep_best, **options)
+    size = relevance.detach().abs()
+    assert float(size[:2].min()) > 2 * float(size[2:].max())  # three of the inputs have no part in the targets
+    assert result.evidence[-1] > result.evidence[0] + 5
+    want = max(result.evidence) if keep_best else result.evidence[-1]
+    assert float(result.laplace.log_marginal_likelihood().detach()) == pytest.approx(want, rel=1e-6)
+
+
+def test_hyperparameters_that_are_trained_by_the_loss_are_refused():
+    model = Scaled(torch.ones(5, **DOUBLE))
+    for wrong, words in (
+        (model.net[0].weight, "a parameter of the model"),
+        (torch.ones(5), "has Tensor; expected leaves"),
+        (torch.ones(5, requires_grad=True) * 2, "expected leaves"),
+    ):
+        with pytest.raises(OperandError, match=words):
+            marglik_training(model, data(), "regression", structure="full", hyperparameters=[wrong], n_epochs=1)

@@ -169,12 +169,18 @@ def select(module: nn.Module, params: Selection) -> dict[str, Tensor]:
 
 
 def check_mode(module: nn.Module, seed: int | None) -> None:
-    """Refuse what couples examples or is random: batch statistics, dropout without a seed."""
+    """Refuse what couples examples, is random or has no second derivative."""
     for name, m in module.named_modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or not m.track_running_stats):
             raise OperandError(
                 f"{name or 'the model'} ({type(m).__name__}) normalises by the statistics of its batch, so that "
                 "examples have no curvature of their own; call model.eval()"
+            )
+        if getattr(m, "sparse", False) is True or getattr(m, "max_norm", None) is not None:
+            what = "has sparse gradients" if getattr(m, "sparse", False) is True else "renormalises its weight in place"
+            raise OperandError(
+                f"{name or 'the model'} ({type(m).__name__}) {what}, which has no second derivative; set sparse=False "
+                "and max_norm=None on it"
             )
         dropping = isinstance(m, nn.modules.dropout._DropoutNd)
         p = m.p if dropping else getattr(m, "dropout", 0.0)

@@ -44,6 +44,7 @@ def marglik_training(
     prior_prec_init: float = 1.0,
     sigma_noise_init: float = 1.0,
     keep_best: bool = False,
+    hyperparameters: Iterable[Tensor] = (),
     **settings: Any,
 ) -> Training:
     """Train a network and its prior precision (and noise) together, by turns.
@@ -61,10 +62,13 @@ def marglik_training(
         prior_structure: "layerwise", one precision for each module with parameters, or "scalar".
         keep_best: return the evaluated epoch of the highest evidence. A Laplace evidence leaves out the slope of the
             log-posterior, so that weights far from a minimum may seem better than what they are trained to.
+        hyperparameters: tensors inside of the model or of an augmentation in it, leaves that require a gradient and are
+            none of its parameters, which climb the evidence too, by the same Adam ("full" only; a fit a hyper step).
         settings: further arguments of :class:`Laplace`.
 
     Raises:
-        OperandError: an empty loader, unknown structures, an evidence that is not finite.
+        OperandError: an empty loader, unknown structures, an evidence that is not finite, hyperparameters that are
+            parameters of the model or no leaves.
 
     Reference: Immer, Bauer, Fortuin, Rätsch, Khan, "Scalable marginal likelihood estimation for model selection in deep
     learning" (2021); the argument names are those of laplace-torch.
@@ -79,6 +83,10 @@ def marglik_training(
     learned = [*logs.values()]
     if likelihood == "regression":
         learned.append(log_sigma.requires_grad_())
+    inside = _check_hyperparameters(model, hyperparameters)
+    learned += inside
+    if inside:
+        settings["hyperparameters"] = inside
     hyper = torch.optim.Adam(learned, lr=lr_hyp)
     steps = optimizer([p for p in model.parameters() if p.requires_grad])
     plan = None if scheduler is None else scheduler(steps)
@@ -109,18 +117,22 @@ def marglik_training(
             continue
         model.eval()
         laplace = Laplace(model, likelihood, structure=structure, **settings).fit(train_loader)
-        for _ in range(n_hypersteps):
+        for step in range(n_hypersteps):
+            if step and inside:
+                laplace = Laplace(model, likelihood, structure=structure, **settings).fit(train_loader)
             hyper.zero_grad()
             evidence = laplace.log_marginal_likelihood(_prior(logs, prior_structure), log_sigma.exp())
             (-evidence).backward()
             hyper.step()
+        if inside:
+            laplace = Laplace(model, likelihood, structure=structure, **settings).fit(train_loader)
         with torch.no_grad():
             evidence = laplace.log_marginal_likelihood(_prior(logs, prior_structure), log_sigma.exp())
         values.append(float(evidence))
         epochs.append(epoch)
         if keep_best and float(evidence) > best:
             best = float(evidence)
-            kept = copy.deepcopy(model.state_dict()), [v.detach().clone() for v in (*logs.values(), log_sigma)]
+            kept = copy.deepcopy(model.state_dict()), [v.detach().clone() for v in (*logs.values(), log_sigma, *inside)]
     if not values:
         raise OperandError(
             f"no evidence was computed in {n_epochs} epochs; expected n_epochs_burnin={n_epochs_burnin} and "
@@ -129,7 +141,10 @@ def marglik_training(
     last = [v.detach() for v in (*logs.values(), log_sigma)]
     if kept is not None:
         model.load_state_dict(kept[0])
-        last = kept[1]
+        last = kept[1][: len(logs) + 1]
+        with torch.no_grad():
+            for t, value in zip(inside, kept[1][len(last) :]):
+                t.copy_(value)
     model.eval()
     found = {g: math.exp(float(v)) for g, v in zip(groups, last)}
     laplace = Laplace(
@@ -137,6 +152,18 @@ def marglik_training(
         prior_precision=found if prior_structure == "layerwise" else next(iter(found.values())), **settings,
     ).fit(train_loader)  # fmt: skip
     return Training(laplace, losses, values, epochs)
+
+
+def _check_hyperparameters(model: nn.Module, given: Iterable[Tensor]) -> list[Tensor]:
+    found, own = list(given), {id(p) for p in model.parameters()}
+    for t in found:
+        if not isinstance(t, Tensor) or not t.requires_grad or not t.is_leaf or id(t) in own:
+            what = "a parameter of the model" if id(t) in own else type(t).__name__
+            raise OperandError(
+                f"hyperparameters has {what}; expected leaves that require a gradient and are no parameters of the "
+                "model, which trains those by its loss: keep them as plain tensors of the module"
+            )
+    return found
 
 
 def _groups(model: nn.Module, prior_structure: str) -> dict[str, list[nn.Parameter]]:
