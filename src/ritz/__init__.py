@@ -16,7 +16,7 @@ from . import (
     stochastic,
     testing,
 )
-from .eig import eigsh
+from .eig import eigsh, svds
 from .errors import (
     BreakdownError,
     ConvergenceError,
@@ -115,6 +115,7 @@ __all__ = [
     "solve",
     "spectral_density",
     "stochastic",
+    "svds",
     "testing",
     "trace",
 ]
