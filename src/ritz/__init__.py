@@ -34,6 +34,7 @@ from .result import Info, Status
 from .solve import (
     CG,
     GMRES,
+    LSMR,
     MINRES,
     Direct,
     Jacobi,
@@ -41,6 +42,7 @@ from .solve import (
     Nystrom,
     PivotedCholesky,
     RandomlyPivotedCholesky,
+    lstsq,
     solve,
 )
 from .stochastic import (
@@ -77,6 +79,7 @@ __all__ = [
     "Info",
     "Jacobi",
     "Landmarks",
+    "LSMR",
     "Lanczos",
     "LinearOperator",
     "MINRES",
@@ -107,6 +110,7 @@ __all__ = [
     "krylov",
     "laplace",
     "logdet",
+    "lstsq",
     "operators",
     "optim",
     "plot",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +22,7 @@ from .gmres import GMRES
 from .minres import MINRES
 from .multishift import solve_shifted
 from .preconditioners import as_product
+from .products import adjoint_of, plain
 from .system import Kernel, Outcome, Product, Scalars, default_steps, inner, solve_columns, worst
 
 Solver = CG | MINRES | GMRES | Direct
@@ -107,10 +107,10 @@ def solve(
             check_finite(sigma, "shifts")
             shift = unwrap(sigma).detach().to(torch.float64).repeat_interleave(count)
             B = B.repeat(1, sigma.numel())
-        precondition = None if preconditioner is None else _plain(as_product(preconditioner, A))
+        precondition = None if preconditioner is None else plain(as_product(preconditioner, A))
         kernel = _bind(method, run, precondition, sigma, shared=True)
         rtol, atol = method.rtol or 0.0, method.atol
-        out, target = solve_columns(kernel, _plain(run.matmat), B, first, rtol=rtol, atol=atol, shift=shift)
+        out, target = solve_columns(kernel, plain(run.matmat), B, first, rtol=rtol, atol=atol, shift=shift)
         products = run.num_matvecs + _dense_products(method, A)
     info = _info(method, out, products, None if sigma is None else (sigma.numel(), count))
     what = f"solve by {method} at n={A.shape[0]} in {A.dtype}"
@@ -142,7 +142,7 @@ def solve(
         check_finite(x_bar, "the cotangent of solve's result")
         before = run.num_matvecs
         solver = reverse or _bind(aim, run, precondition, sigma, shared=False)
-        G, product, rtol = unfold(unwrap(x_bar)), _plain(_adjoint(run)), aim.rtol or 0.0
+        G, product, rtol = unfold(unwrap(x_bar)), plain(adjoint_of(run)), aim.rtol or 0.0
         adjoint, target = solve_columns(solver, product, G, None, rtol=rtol, atol=aim.atol, shift=shift, adjoint=True)
         products = run.num_matvecs - before + (_dense_products(aim, A) if reverse is None else 0)
         info.backward = _info(aim, adjoint, products, None if sigma is None else (sigma.numel(), count))
@@ -156,11 +156,6 @@ def solve(
 
     (x,) = run.attach([x], rule, [X], name="solve")
     return (x, info) if return_info else x
-
-
-def _plain(product: Product) -> Product:
-    """A product without the wrappers of torch.func.grad, so that our vectors can be updated in place."""
-    return lambda X: unwrap(product(X))
 
 
 def _resolve(method: Any, A: LinearOperator, preconditioned: bool) -> Solver:
@@ -206,20 +201,6 @@ def _bind(method: Solver, run: Run, precondition: Product | None, sigma: Tensor 
         return solve_shifted(product, B[:, :k], values, target[:k], limit)
 
     return kernel
-
-
-def _adjoint(run: Run) -> Product:
-    """Aᴴ X for blocks whose width may shrink on the way; one recording per width."""
-    products: dict[int, Callable[[Tensor], Tensor]] = {}
-
-    def product(X: Tensor) -> Tensor:
-        width = X.shape[1]
-        if width not in products:
-            products.clear()
-            products[width] = run.adjoint(width)
-        return products[width](X)
-
-    return product
 
 
 def _backward_method(method: Solver, target: Scalars) -> Solver:
