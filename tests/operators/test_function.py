@@ -1,4 +1,4 @@
-"""Callables as operators: shapes, dtypes, blocks, errors. (What they close over: tests/test_pairing.py.)"""
+"""Callables as operators: shapes, dtypes, blocks, errors. (What they close over: tests/pairing.)"""
 
 from __future__ import annotations
 
