@@ -310,7 +310,7 @@ class _Refuse(torch.autograd.Function):
     def backward(ctx: Any, *_: Any) -> Any:
         raise SecondDerivativeError(
             f"{ctx.name} was differentiated twice; its gradient rule gives first derivatives only: "
-            "use gradient=ritz.Unrolled() where second derivatives are needed"
+            "where second derivatives are needed give gradient=ritz.Unrolled() to functions that take it"
         )
 
     @staticmethod

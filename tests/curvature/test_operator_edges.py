@@ -211,3 +211,15 @@ def test_columns_go_through_together_as_memory_allows(monkeypatch):
         widths.clear()
         torch.testing.assert_close(G @ V, want)
         assert widths == expected * 2  # J V, then Jᵀ U
+
+
+def test_modules_with_attributes_of_the_same_names_as_those_of_embeddings():
+    class Clip(nn.Module):
+        max_norm, sparse = 1.0, True
+
+        def forward(self, x):
+            return x.clamp(-self.max_norm, self.max_norm)
+
+    model, x, y = linear()
+    clipped = nn.Sequential(model, Clip())
+    assert GGN(clipped, CrossEntropy(), None, (x, y)).shape == (16, 16)

@@ -75,3 +75,11 @@ def test_eigenpairs(monkeypatch):
     assert most == 18
     torch.testing.assert_close(ritz.eigsh(A, most).values, torch.arange(100.0, 82.0, -1, dtype=torch.float64))
     said(lambda: ritz.eigsh(A, most + 1))
+
+
+def test_eigenpairs_with_a_basis_of_ones_own(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("ritz.eig.eigsh"), "MOST_BYTES", 8 * 100 * 40)
+    A = ritz.operators.Diagonal(torch.arange(1.0, 101.0, dtype=torch.float64))
+    assert "basis=40 fits" in said(lambda: ritz.eigsh(A, 5, basis=80))
+    assert ritz.eigsh(A, 5, basis=40).values.shape == (5,)
+    assert "k up to 18 fits" in said(lambda: ritz.eigsh(A, 39, basis=80))

@@ -1,5 +1,6 @@
 """Variances with their bounds, warnings of what has not converged, groups by name, estimates for larger networks."""
 
+import copy
 import warnings
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 import ritz
-from ritz.curvature import GGN, CrossEntropy, Jacobian, SquaredError
+from ritz.curvature import GGN, CrossEntropy, Jacobian, SquaredError, preflight
 from ritz.errors import ConvergenceWarning, OperandError
 from ritz.laplace import Laplace
 from ritz.laplace.predictive import bridge
@@ -172,3 +173,80 @@ def test_tied_weights_are_meant_by_each_of_their_names():
     data = torch.randn(5, 3, **DOUBLE), torch.tensor([0, 1, 2, 0, 1])
     for params, names in (("d", {"e.weight", "d.bias"}), ("d.weight", {"e.weight"}), ("e", {"e.weight", "e.bias"})):
         assert set(GGN(model, CrossEntropy(), params, data).network.names) == names
+
+
+def test_bounds_in_single_precision_hold_against_double():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 200), nn.Tanh(), nn.Linear(200, 2))
+    x, y = 2 * torch.randn(300, 1), torch.randn(300, 2)
+    P = sum(p.numel() for p in model.parameters())
+    wide = copy.deepcopy(model).double()
+    G = GGN(wide, SquaredError(), None, (x.double(), y.double()), reduction="sum").to_dense()
+    J = Jacobian(wide, data=x.double()).to_dense().reshape(300, 2, P)
+    for rank, delta in ((40, 1e-2), (60, 1e-3), (60, 1.0)):
+        S = torch.linalg.inv(G / 0.01 + delta * torch.eye(P, **DOUBLE))
+        want = torch.einsum("ncp,pq,ncq->nc", J, S, J)
+        la = Laplace(model, "regression", sigma_noise=0.1, dense=False, rank=rank, prior_precision=delta).fit((x, y))
+        _, upper, lower = la.functional_variance(x, return_lower=True)
+        upper, lower = (v.diagonal(dim1=1, dim2=2).double() for v in (upper, lower))
+        assert bool((lower <= 1.01 * want).all()) and bool((want <= 1.02 * upper).all())
+
+
+def test_a_state_serves_the_prior_it_was_saved_with(tmp_path):
+    model, x, y = larger()
+    la = Laplace(model, "regression", dense=False, prior_precision=1e-5, floor=1e-4).fit((x, y))
+    torch.save(la.state_dict(), tmp_path / "la.pt")
+    state = torch.load(tmp_path / "la.pt", weights_only=True)
+    loaded = Laplace(model, "regression", dense=False, floor=1e-4).load_state_dict(state)
+    torch.testing.assert_close(loaded.log_marginal_likelihood(), la.log_marginal_likelihood())
+    few = {"estimator": ritz.Hutchinson(10), "method": ritz.Lanczos(rtol=1e-8, max_matvecs=3), "dense": False}
+    la = Laplace(model, "regression", **few).fit((x, y))
+    with pytest.warns(ConvergenceWarning):
+        state = la.state_dict()
+    _, info = Laplace(model, "regression", **few).load_state_dict(state).log_marginal_likelihood(1.0, return_info=True)
+    assert not info.status.success
+    with torch.no_grad():
+        for p in model.parameters():
+            p.neg_()  # the same squares
+    with pytest.raises(OperandError, match="belongs to other weights"):
+        Laplace(model, "regression", **few).load_state_dict(state)
+
+
+def test_states_and_hyperparameters():
+    model, x, y = larger()
+    t = torch.tensor(1.0, requires_grad=True, **DOUBLE)
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = model
+
+        def forward(self, z):
+            return self.net(z) * t
+
+    scaled = Scaled()
+    state = Laplace(scaled, "regression", hyperparameters=[t]).fit((x, y)).state_dict()
+    loaded = Laplace(scaled, "regression", hyperparameters=[t]).load_state_dict(state)
+    with pytest.raises(OperandError, match="a loaded posterior has no data"):
+        loaded.log_marginal_likelihood(1.0)
+    with torch.no_grad():
+        t.mul_(2.0)
+    with pytest.raises(OperandError, match="fitted at hyperparameters 1.0; they are 2.0 here"):
+        Laplace(scaled, "regression", hyperparameters=[t]).load_state_dict(state)
+
+
+def test_groups_by_each_name_of_a_tied_weight():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"e": nn.Linear(3, 3), "d": nn.Linear(3, 3)}).double()
+    model["d"].weight = model["e"].weight
+    model.forward = lambda x: model["d"](torch.tanh(model["e"](x)))
+    data = torch.randn(5, 3, **DOUBLE), torch.tensor([0, 1, 2, 0, 1])
+    la = Laplace(model, "classification", subset="d", prior_precision={"d": 3.0}).fit(data)
+    torch.testing.assert_close(la.log_marginal_likelihood(), la.log_marginal_likelihood(3.0))
+
+
+def test_a_whole_decomposition_that_does_not_fit_is_refused(monkeypatch):
+    model, x, y = larger()
+    monkeypatch.setattr(preflight, "LIMIT", 3200)
+    with pytest.raises(OperandError, match="dense=True decomposes, 300 × 1101 .* leave dense=True out"):
+        Laplace(model, "regression", dense=True).fit((x, y))

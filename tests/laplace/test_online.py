@@ -109,3 +109,15 @@ def test_hyperparameters_that_are_trained_by_the_loss_are_refused():
     ):
         with pytest.raises(OperandError, match=words):
             marglik_training(model, data(), "regression", structure="full", hyperparameters=[wrong], n_epochs=1)
+
+
+def test_the_prior_mean_is_that_of_the_training_too():
+    model, result = train("diag", "scalar", prior_mean=0.3, prior_prec_init=1e6, lr_hyp=1e-9, n_epochs=200)
+    theta = torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.testing.assert_close(theta, torch.full_like(theta, 0.3), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("option", ["prior_precision", "sigma_noise", "subset"])
+def test_what_the_training_chooses_is_refused_before_it_begins(option):
+    with pytest.raises(OperandError, match=f"came with {option}, which it chooses itself"):
+        train("diag", "scalar", **{option: 2.0})

@@ -82,8 +82,11 @@ STRUCTURED = {
     "toeplitz 1x1": lambda r: Toeplitz(r.real_corner(1)),
     "toeplitz hermitian": lambda r: Toeplitz(r.real_corner(5)),
     "toeplitz sizes of FFTs": lambda r: Toeplitz(r(11), r(13)),
-    "all at once": lambda r: 0.5 * Kronecker(Toeplitz(r(2), r(2)), BlockDiagonal([r(1, 1), r(1, 1)]))
-    @ low_rank_update(r.function(4, 4), r(4, 1)).mH,
+    "all at once": lambda r: (
+        0.5
+        * Kronecker(Toeplitz(r(2), r(2)), BlockDiagonal([r(1, 1), r(1, 1)]))
+        @ low_rank_update(r.function(4, 4), r(4, 1)).mH
+    ),
 }
 
 

@@ -35,9 +35,7 @@ def tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
 
 
-def resumed(
-    make: Any, dtype: torch.dtype, first: int = 4, rest: int = 5, other: int = 0
-) -> tuple[Net, Net, Any, Any]:
+def resumed(make: Any, dtype: torch.dtype, first: int = 4, rest: int = 5, other: int = 0) -> tuple[Net, Net, Any, Any]:
     """An uninterrupted run, and one that was saved and loaded into fresh objects: models and optimizers."""
     whole, part, fresh = Net(dtype=dtype), Net(dtype=dtype), Net(seed=9, dtype=dtype)
     optimizers = [make(m) for m in (whole, part, fresh)]

@@ -71,7 +71,7 @@ def test_shifts_that_fail_their_check_are_continued():
     A = ritz.aslinearoperator(A, psd=True)
     shifts = torch.tensor([3e-3, 1e-1, 1.0])
     b = normal(200).float()
-    X, info = solve(A, b, method=CG(rtol=2e-5), shifts=shifts, return_info=True, on_failure="ignore")
+    X, info = solve(A, b, method=CG(rtol=1e-5), shifts=shifts, return_info=True, on_failure="ignore")
     assert info.depth > info.details["steps of the shared run"]
     for x, s, reported in zip(X, shifts, info.residual[:, 0]):
         x, D = x.double(), A.to_dense().double()

@@ -120,6 +120,16 @@ class Network:
         if not bool(torch.isfinite(first).all()):
             raise OperandError("the network's outputs on the first micro-batch have NaN or Inf; check weights and data")
 
+    def meant_by(self, name: str) -> list[int]:
+        """The selected parameters of this name, or of a module of this name; a tied one has several names."""
+        names: dict[int, tuple[str, ...]] = {i: (n,) for i, n in enumerate(self.names)}
+        if self.module is not None:
+            index = {id(p): i for i, p in enumerate(self.parameters)}
+            for n, p in self.module.named_parameters(remove_duplicate=False):
+                if id(p) in index:
+                    names[index[id(p)]] += (n,)
+        return [i for i, own in names.items() if any(n == name or n.startswith(name + ".") for n in own)]
+
     # -- vectors ------------------------------------------------------------------------------------------------------
 
     def split(self, V: Tensor) -> list[Tensor]:
@@ -176,8 +186,8 @@ def check_mode(module: nn.Module, seed: int | None) -> None:
                 f"{name or 'the model'} ({type(m).__name__}) normalises by the statistics of its batch, so that "
                 "examples have no curvature of their own; call model.eval()"
             )
-        if getattr(m, "sparse", False) is True or getattr(m, "max_norm", None) is not None:
-            what = "has sparse gradients" if getattr(m, "sparse", False) is True else "renormalises its weight in place"
+        if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and (m.sparse or m.max_norm is not None):
+            what = "has sparse gradients" if m.sparse else "renormalises its weight in place"
             raise OperandError(
                 f"{name or 'the model'} ({type(m).__name__}) {what}, which has no second derivative; set sparse=False "
                 "and max_norm=None on it"

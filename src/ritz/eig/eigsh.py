@@ -101,9 +101,12 @@ def eigsh(
     room, kept = MOST_BYTES // (n * A.dtype.itemsize), min(size, n)
     if kept > room:
         most = max(0, min(room // 2 - block, room - 2 * block - 20))
+        instead = f"k up to {most} fits"
+        if basis is not None and k + 2 * block <= room:
+            instead = f"basis={room} fits"
         raise OperandError(
-            f"eigsh(k={k}) keeps {kept} vectors of length {n}, {kept * n * A.dtype.itemsize / 2**30:.1f} GiB (limit "
-            f"{MOST_BYTES / 2**30:.0f} GiB); k up to {most} fits" + ("" if basis is None else f", or basis={room}")
+            f"{k} eigenpairs keep {kept} vectors of length {n}, {kept * n * A.dtype.itemsize / 2**30:.1f} GiB (limit "
+            f"{MOST_BYTES / 2**30:.0f} GiB); {instead}"
         )
     with Run(A) as run:
         start = _start(A, v0, block, seed)

@@ -45,8 +45,8 @@ def svds(
     Returns:
         :class:`SingularTriplets`; with ``return_info`` also the report of the eigenvalue problem.
 
-    A singular value σ has the relative accuracy rtol·(σ_1/σ)²: those below about 1e-5 σ_1 (float64) are no more than
-    zero to it, their vectors on the other side are completed to an orthonormal set, and have no derivative.
+    Singular values have the accuracy of rounding, eps·σ_1; those below it are zero, with vectors that complete
+    orthonormal sets, and have no derivative.
 
     Raises:
         OperandError: k beyond min(m, n); an operator without an adjoint product.
@@ -66,28 +66,21 @@ def svds(
         raise OperandError(f"k={k!r}; expected a number of triplets from 1 to min{(m, n)} = {min(m, n)}")
     tall = m >= n
     B = A if tall else A.mH
-    gram = (B.mH @ B).declare(psd=True)
-    (values, right), info = eigsh(
-        gram, k, rtol=rtol, block=block, basis=basis, max_matvecs=max_matvecs, seed=seed, return_info=True,
-        on_failure=on_failure,
+    # AᴴA of a matrix of size 1e-25 is nothing in float32: the size is taken out first.
+    v = torch.randn(B.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    with torch.no_grad():
+        size = float((B @ v.to(A.device, A.dtype)).abs().max())
+    size = size if 0 < size < torch.inf else 1.0
+    scaled = (1.0 / size) * B
+    (_, right), info = eigsh(
+        (scaled.mH @ scaled).declare(psd=True), k, rtol=rtol, block=block, basis=basis, max_matvecs=max_matvecs,
+        seed=seed, return_info=True, on_failure=on_failure,
     )  # fmt: skip
-    eps = torch.finfo(values.dtype).eps
-    positive = values.detach() > 100 * eps * values.detach().max()
-    # A root has no derivative at zero, and 0 · inf is NaN in backward: both branches are made finite.
-    S = torch.where(positive, torch.where(positive, values, 1.0).sqrt(), 0.0)
-    left = (B @ right) / torch.where(positive, S, 1.0)
-    if not bool(positive.all()):
-        left = _completed(left, positive, seed)
+    # Values by the Gram matrix would be good to σ_1 √eps only; of B on the space that it found, to σ_1 eps.
+    left, S, turn = torch.linalg.svd(scaled @ right, full_matrices=False)
+    right = right @ turn.mH
+    zero = S.detach() <= max(m, n) * torch.finfo(S.dtype).eps * S.detach().max()
+    S = size * torch.where(zero, torch.zeros_like(S), S)
     U, V = (left, right) if tall else (right, left)
     triplets = SingularTriplets(U, S, V.mH)
     return (triplets, info) if return_info else triplets
-
-
-def _completed(left: Tensor, positive: Tensor, seed: int) -> Tensor:
-    """The columns that are not positive replaced by orthonormal ones, orthogonal to the others."""
-    n, missing = left.shape[0], int((~positive).sum())
-    Z = torch.randn(n, missing, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    known, Z = left.detach()[:, positive], Z.to(left.device, left.dtype)
-    for _ in range(2):
-        Z = torch.linalg.qr(Z - known @ (known.mH @ Z))[0]
-    return torch.cat([left[:, positive], Z], 1)  # eigenvalues come largest first

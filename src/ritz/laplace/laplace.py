@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..curvature import EKFAC, GGN, KFAC, CrossEntropy, DiagonalGGN, SquaredError
-from ..curvature.batches import read, to_device
+from ..curvature.batches import Batch, read, to_device
 from ..curvature.network import Network
 from ..eig import eigsh
 from ..errors import ConvergenceWarning, OperandError
@@ -99,12 +99,13 @@ class Laplace:
         self.loss = CrossEntropy() if likelihood == "classification" else SquaredError()
         self.prior_mean = prior_mean
         self.posterior: Posterior | None = None
+        self._batches: list[Batch] | None = None
         self.network = Network(model, self.params)
         self.sigma_noise, self.prior_precision = sigma_noise, prior_precision
         self._variance_of(sigma_noise)
         if self._prior_of(prior_precision).is_curve():
             raise OperandError("prior_precision is a 1-D tensor, a curve; a posterior has one number, or a dictionary")
-        known = {f.name for f in fields(Full)} - {"G", "rank", "measure", "pairs"}
+        known = {f.name for f in fields(Full)} - {"G", "rank", "measure", "pairs", "left_out"}
         if unknown := set(settings) - (known if structure == "full" else set()):
             raise TypeError(f"Laplace(structure={structure!r}) does not know {', '.join(sorted(unknown))}")
 
@@ -188,6 +189,8 @@ class Laplace:
 
     def _live_loss(self) -> Tensor:
         """The loss once more, with the graph of the hyperparameters."""
+        if self._batches is None:
+            raise OperandError("a loaded posterior has no data, which the evidence in hyperparameters needs; call .fit")
         live = {id(t) for t in self.hyperparameters}
         at = [p if id(p) in live else p.detach() for p in self.network.parameters]
         batches = (to_device(b, self.network.device) for b in self._batches)
@@ -366,7 +369,7 @@ class Laplace:
             return Prior(value)
         found: list[Tensor | None] = [None] * len(self.network.names)
         for name, value in sorted(given.items(), key=lambda item: len(str(item[0]))):  # the longest name has the say
-            own = [i for i, n in enumerate(self.network.names) if n == name or n.startswith(str(name) + ".")]
+            own = self.network.meant_by(str(name))
             number = torch.as_tensor(value, dtype=torch.float64, device=self.network.device)
             if not own or number.numel() != 1 or not bool(number > 0):
                 raise OperandError(

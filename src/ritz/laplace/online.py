@@ -83,6 +83,11 @@ def marglik_training(
     learned = [*logs.values()]
     if likelihood == "regression":
         learned.append(log_sigma.requires_grad_())
+    if taken := {"prior_precision", "sigma_noise", "subset"} & set(settings):
+        raise OperandError(
+            f"marglik_training came with {', '.join(sorted(taken))}, which it chooses itself for all parameters; give "
+            "prior_prec_init= and sigma_noise_init=, and train a part by requires_grad_(False) on the others"
+        )
     inside = _check_hyperparameters(model, hyperparameters)
     learned += inside
     if inside:
@@ -106,7 +111,7 @@ def marglik_training(
             steps.zero_grad()
             f = model(x)
             terms = f.shape[0]
-            value = factor * loss.value(f, y) / terms + _penalty(groups, deltas) / size
+            value = factor * loss.value(f, y) / terms + _penalty(groups, deltas, settings.get("prior_mean", 0.0)) / size
             value.backward()
             steps.step()
             total += float(value.detach()) * terms
@@ -183,6 +188,6 @@ def _prior(logs: dict[str, Tensor], prior_structure: str) -> Any:
     return {g: v.exp() for g, v in logs.items()}
 
 
-def _penalty(groups: dict[str, list[nn.Parameter]], deltas: dict[str, float]) -> Tensor:
-    parts = [0.5 * deltas[g] * p.square().sum() for g, own in groups.items() for p in own]
+def _penalty(groups: dict[str, list[nn.Parameter]], deltas: dict[str, float], mean: float) -> Tensor:
+    parts = [0.5 * deltas[g] * (p - mean).square().sum() for g, own in groups.items() for p in own]
     return torch.stack(parts).sum()

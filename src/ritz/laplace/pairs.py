@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..curvature import GGN, DualGGN
+from ..curvature.preflight import refuse
 
 MOST_SIDE = 2000  # rows of the smaller one of G and its dual
 MOST_BYTES = 512 << 20  # of the eigenvectors, and of the root they are made from
@@ -23,6 +24,9 @@ def all_pairs(G: GGN, *, whatever_size: bool = False) -> tuple[Tensor, Tensor] |
     side = min(M, P)
     if not whatever_size and (side > MOST_SIDE or 8 * side * P > MOST_BYTES):
         return None
+    if whatever_size:
+        instead = "leave dense=True out (Krylov spaces need no such matrix), or take a subset of parameters or data"
+        refuse((side, max(M, P) if M <= P else P), torch.float64, "the root that dense=True decomposes", instead)
     if M > P and 8 * M * P > MOST_BYTES:
         values, V = torch.linalg.eigh(G.to_dense().double())
         return values.clamp(min=0.0), V

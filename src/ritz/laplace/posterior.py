@@ -113,6 +113,7 @@ class Full(Posterior):
     dual: bool | None = None
     measure: SpectralMeasure | None = field(default=None, repr=False)
     pairs: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    left_out: float = field(default=0.0, repr=False)
 
     def logdet(self, prior: Prior, s: Tensor) -> LogDet:
         if (entries := prior.entries) is not None:
@@ -193,14 +194,22 @@ class Full(Posterior):
         if self.rank is None:
             return 0.0
         values, V = self._leading()
-        return 0.0 if V.shape[1] >= V.shape[0] else float(values.min())
+        return 0.0 if V.shape[1] >= V.shape[0] else self.left_out
 
+    @torch.no_grad()
     def _leading(self) -> tuple[Tensor, Tensor]:
         if self.pairs is None:
             G = self._operator()
             k = min(self.rank or 1, G.shape[0])
-            found = eigsh(G, k, block=10 if k >= 20 else 1, rtol=1e-3, on_failure="ignore")
-            self.pairs = found.values.clamp(min=0.0), found.vectors
+            (values, vectors), info = eigsh(
+                G, k, block=10 if k >= 20 else 1, rtol=1e-3, on_failure="ignore", return_info=True
+            )
+            # Values below rounding are no curvature: left in, they would lower the upper bound.
+            noise = 10 * torch.finfo(values.dtype).eps * values.max()
+            known = torch.where(values > noise, values, torch.zeros_like(values))
+            residual = 0.0 if info.residual is None else float(info.residual[-1]) * float(values.max())
+            self.left_out = max(float(values.min()) + residual, float(noise))
+            self.pairs = known, vectors
         return self.pairs
 
 

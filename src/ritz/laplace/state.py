@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..curvature.eigenblocks import EigenBlock, EigenBlocks
 from ..curvature.uses import watch
 from ..errors import OperandError
-from ..result import Info
+from ..result import Info, Status
 from ..stochastic import SpectralMeasure
 from .posterior import Blocks, Full, LowRank, Posterior
 
@@ -29,11 +30,22 @@ def state_of(laplace: Laplace) -> dict[str, Any]:
     state["sigma_noise"] = float(laplace.sigma_noise)
     prior = laplace.prior_precision
     state["prior_precision"] = {k: float(v) for k, v in prior.items()} if isinstance(prior, dict) else float(prior)
-    state["posterior"] = _posterior_state(posterior)
+    state["hyperparameters"] = [t.detach().clone() for t in laplace.hyperparameters]
+    state["fingerprint"] = fingerprint(laplace)
+    given = state["prior_precision"]
+    lowest = min(given.values()) if isinstance(given, dict) else given
+    state["posterior"] = _posterior_state(posterior, state["sigma_noise"] ** 2 * lowest)
     return state
 
 
-def _posterior_state(posterior: Posterior) -> dict[str, Any]:
+def fingerprint(laplace: Laplace) -> Tensor:
+    """A few random projections of the weights, which tell them from others."""
+    theta = torch.cat([p.detach().reshape(-1) for p in laplace.network.parameters]).double().cpu()
+    Z = torch.randn(4, theta.numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return Z @ theta / max(1.0, theta.numel() ** 0.5)
+
+
+def _posterior_state(posterior: Posterior, smallest: float) -> dict[str, Any]:
     if isinstance(posterior, Blocks):
         fields = ("name", "indices", "eigenvalues", "Q_in", "Q_out")
         blocks = [{f: getattr(b, f) for f in fields} | {"layer": b.site is not None} for b in posterior.G.blocks]
@@ -41,13 +53,14 @@ def _posterior_state(posterior: Posterior) -> dict[str, Any]:
     if isinstance(posterior, LowRank):
         return {"values": posterior.values, "vectors": posterior.V}
     assert isinstance(posterior, Full)
-    measure = posterior._measured(posterior.floor)
+    measure = posterior._measured(smallest)
     fields = ("known", "known_weights", "nodes", "weights", "exact")
-    found = {f: getattr(measure, f) for f in fields} | {"floor": posterior.floor}
+    found = {f: getattr(measure, f) for f in fields} | {"floor": posterior.floor, "left_out": posterior.left_out}
+    found["status"] = measure.info.status.name
     if posterior.rank is None:  # variances by solves, which a state without data has none of
         return found
     values, vectors = posterior._leading()
-    return found | {"values": values, "vectors": vectors}
+    return found | {"values": values, "vectors": vectors, "left_out": posterior.left_out}
 
 
 def restore(laplace: Laplace, state: dict[str, Any]) -> None:
@@ -64,12 +77,18 @@ def restore(laplace: Laplace, state: dict[str, Any]) -> None:
             raise OperandError(f"the state is of {name}={state[name]!r}; this Laplace has {getattr(laplace, name)!r}")
     if list(laplace.network.names) != state["names"]:
         raise OperandError(f"the state is of the parameters {state['names']}; this model has {laplace.network.names}")
-    squares = laplace.squares(state["prior_mean"])
-    if squares.shape != state["squares"].shape or not torch.allclose(squares, state["squares"].to(squares), rtol=1e-5):
+    squares, own = laplace.squares(state["prior_mean"]), fingerprint(laplace)
+    same = squares.shape == state["squares"].shape and bool(
+        ((own - state["fingerprint"]).abs() <= 1e-6 * (own.abs().max() + torch.finfo(own.dtype).tiny)).all()
+    )
+    if not same:
         raise OperandError(
             f"the state belongs to other weights ({state['squares'].numel()} of them) than the {squares.numel()} of "
             "this model; load the weights that the posterior was fitted at first"
         )
+    for t, saved in zip(laplace.hyperparameters, state["hyperparameters"]):
+        if t.shape != saved.shape or not torch.equal(t.detach(), saved.to(t)):
+            raise OperandError(f"the state was fitted at hyperparameters {saved.tolist()}; they are {t.detach().tolist()} here")
     posterior = _posterior_of(laplace, state["posterior"])
     for name in (*NUMBERS, "sigma_noise", "prior_precision"):
         setattr(laplace, name, state[name])
@@ -88,9 +107,10 @@ def _posterior_of(laplace: Laplace, state: dict[str, Any]) -> Posterior:
         return Blocks(EigenBlocks(network, blocks))
     if "nodes" not in state:
         return LowRank(state["values"], state["vectors"])
-    info = Info("loaded", 0, 0)
+    info = Info("loaded", 0, 0, status=Status[state["status"]])
     rank = state["values"].numel() if "values" in state else None
-    full = Full(None, rank=rank, floor=state["floor"], **laplace.settings)
+    settings = {k: v for k, v in laplace.settings.items() if k != "floor"}
+    full = Full(None, rank=rank, floor=state["floor"], left_out=state["left_out"], **settings)
     full.measure = SpectralMeasure(
         state["known"], state["known_weights"], state["nodes"], state["weights"], state["exact"], info
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OperandError
+from ..numerics import check_finite
 from ..result import Status
 from .system import (
     ROUNDING,
@@ -159,7 +160,10 @@ class _Cycle:
         j, V = self.steps, self._V
         tol = ROUNDING * torch.finfo(V.dtype).eps
         v = V[:, j].mT
-        W = system.product(v if system.precondition is None else system.precondition(v))
+        if system.precondition is not None:
+            v = system.precondition(v)
+            check_finite(v, "the preconditioner's product")
+        W = system.product(v)
         size, w, basis = norms(W), W.mT.unsqueeze(2), V[:, : j + 1]
         h = basis.conj() @ w
         w = w - basis.mT @ h

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -68,8 +69,21 @@ def minimise(matmat: Product, rmatmat: Product, B: Tensor, rtol: float, max_step
     recomputed residual, and has stagnated where that does not halve the normal one.
     """
     k, G = B.shape[1], rmatmat(B)
-    first = norms(G)
-    check_scalars(first, 0)
+    # With A / c in the place of A, and c x in that of x: the size of A must not under- or overflow in squares.
+    c = float(G.abs().max()) if G.numel() else 1.0
+    if 0 < c < math.inf:
+        out, R = _minimise(lambda V: matmat(V / c), lambda U: rmatmat(U) / c, B, G / c, rtol, max_steps)
+        out.X = out.X / c
+        return out, R
+    check_scalars(np.array([c]), 0)
+    return Outcome(torch.zeros_like(G), np.zeros(k), [0] * k, [Status.CONVERGED] * k), B.clone()
+
+
+def _minimise(
+    matmat: Product, rmatmat: Product, B: Tensor, G: Tensor, rtol: float, max_steps: int
+) -> tuple[Outcome, Tensor]:
+    """The same for A of a moderate size, with G = AᴴB."""
+    k, first = B.shape[1], norms(G)
     X, R, now = torch.zeros_like(G), B.clone(), np.where(first > 0, 1.0, 0.0)
     steps, status = [0] * k, [Status.CONVERGED if r <= rtol else Status.MAX_STEPS for r in now]
     todo = [j for j in range(k) if status[j] is not Status.CONVERGED]
@@ -113,12 +127,12 @@ def _steps(matmat: Product, rmatmat: Product, B: Tensor, target: Scalars, max_st
     tiny = torch.finfo(B.dtype).eps
     largest = alpha  # ‖A‖ from below
     for step in range(1, max_steps + 1):
-        U = add(matmat(V), U, -alpha)
+        U = matmat(V) - U * row(alpha, U)
         beta = norms(U)
         largest = np.maximum(largest, np.hypot(alpha, beta))
         beta = np.where(beta <= tiny * largest, 0.0, beta)
         U = U * row(divide(np.ones_like(beta), beta), U)
-        V_next = add(rmatmat(U), V, -beta)
+        V_next = rmatmat(U) - V * row(beta, V)
         alpha = norms(V_next)
         largest = np.maximum(largest, np.hypot(alpha, beta))
         alpha = np.where(alpha <= tiny * largest, 0.0, alpha)

@@ -74,17 +74,22 @@ def lstsq(
         check_finite(b, "b")
         B, size = unwrap(block).detach(), float(unwrap(given).detach())
         forward, backward = plain(run.matmat), plain(adjoint_of(run))
-        problem = _Problem(forward, backward, m, size)
+        problem = _Problem(forward, backward, A.shape, size)
         out, R = problem.solve(B, rtol, limit)
         X = out.X
-        short = None  # A⁺ᴴ x, for the derivative of the shortest solution
+        short, products = None, run.num_matvecs  # A⁺ᴴ x, for the derivative of the shortest solution
         if m < n and not size and run.wants_gradient():
-            short = minimise(backward, forward, X, rtol, limit)[0].X
-        products = run.num_matvecs
+            short, _, found = problem.adjoint(X, rtol, limit)
     info = _info(method, out, products)
     info.details |= out.details
+    if short is not None:
+        shortest = _info(method, found, run.num_matvecs - products)
+        info.num_matvecs = run.num_matvecs
     what = f"lstsq by {method} at shape ({m}, {n}) in {A.dtype}"
     report(info, what=what, target=rtol, on_failure=on_failure)
+    if short is not None:
+        report(shortest, what=f"the part of its gradient that belongs to the shortest solution in {what}", target=rtol,
+               on_failure=on_failure)  # fmt: skip
     x = X.squeeze(-1) if b.ndim == 1 else X
     if not run.wants_gradient():
         return (x, info) if return_info else x
@@ -99,8 +104,11 @@ def lstsq(
         u, rest, found = problem.adjoint(G, rtol, limit)
         if size:
             w = u[m:] / size
+        elif m < n:
+            w = torch.zeros_like(X)
         else:
-            w = torch.zeros_like(X) if m < n else problem.solve(u, rtol, limit)[0].X
+            second, _ = problem.solve(u, rtol, limit)
+            w, found = second.X, _both(found, second)
         info.backward = _info(method, found, run.num_matvecs - before)
         report(info.backward, what=f"backward of {what}", target=rtol, on_failure=on_failure)
         pairs: list[Pair | None] = [Pair(-u[:m]), Pair(w)]
@@ -120,8 +128,9 @@ def lstsq(
 class _Problem:
     """The problem with its damping as further rows: Ã = [A; damp·I], b̃ = [b; 0]."""
 
-    def __init__(self, matmat: Product, rmatmat: Product, m: int, damp: float) -> None:
-        self._matmat, self._rmatmat, self._m, self._damp = matmat, rmatmat, m, damp
+    def __init__(self, matmat: Product, rmatmat: Product, shape: tuple[int, int], damp: float) -> None:
+        self._matmat, self._rmatmat, self._damp = matmat, rmatmat, damp
+        self._m, self._n = shape
 
     def product(self, X: Tensor) -> Tensor:
         Y = self._matmat(X)
@@ -138,8 +147,7 @@ class _Problem:
         scale = torch.where(scale > 0, scale, 1.0)
         whole = B / scale
         if self._damp:
-            n = self._rmatmat(torch.zeros_like(whole[:, :1])).shape[0]
-            whole = torch.cat([whole, whole.new_zeros(n, B.shape[1])])
+            whole = torch.cat([whole, whole.new_zeros(self._n, B.shape[1])])
         out, R = minimise(self.product, self.adjoint_product, whole, rtol, limit)
         out.X = out.X * scale
         ratio = divide(norms(R[: self._m]), norms(whole[: self._m]))
@@ -152,6 +160,13 @@ class _Problem:
         scale = torch.where(scale > 0, scale, 1.0)
         out, rest = minimise(self.adjoint_product, self.product, G / scale, rtol, limit)
         return out.X * scale, rest * scale, out
+
+
+def _both(first: Outcome, second: Outcome) -> Outcome:
+    """The report of two problems that were solved one after the other."""
+    steps = [a + b for a, b in zip(first.steps, second.steps, strict=True)]
+    status = [worst(pair) for pair in zip(first.status, second.status, strict=True)]
+    return Outcome(second.X, np.maximum(first.residual, second.residual), steps, status)
 
 
 def _info(method: LSMR, out: Outcome, products: int) -> Info:

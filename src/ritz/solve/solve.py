@@ -22,7 +22,7 @@ from .gmres import GMRES
 from .minres import MINRES
 from .multishift import solve_shifted
 from .preconditioners import as_product
-from .products import adjoint_of, plain
+from .products import adjoint_of, adjoint_preconditioner, plain
 from .system import Kernel, Outcome, Product, Scalars, default_steps, inner, solve_columns, worst
 
 Solver = CG | MINRES | GMRES | Direct
@@ -51,8 +51,8 @@ def solve(
         method: ``CG()``, ``MINRES()``, ``GMRES()``, ``Direct()``, or ``Auto()``, which is decided by
             :func:`ritz.solve.choose`. With CG or MINRES the caller promises that A is Hermitian where A does not say.
         preconditioner: ``Jacobi()``, ``RandomlyPivotedCholesky(rank)``, an object with ``solve(X)``, or a callable
-            X -> P⁻¹ X; Hermitian positive definite (for GMRES any invertible map, which serves the backward solve
-            too). Not with shifts, nor with Direct.
+            X -> P⁻¹ X; Hermitian positive definite. For GMRES any invertible linear map, whose adjoint preconditions
+            the backward solve where autograd can give it. Not with shifts, nor with Direct.
         x0: first guess, shape of b (Direct does not need it). Not with shifts.
         shifts: real tensor (s,); CG then needs the products of one run for all of them (and s·k to check), Direct one
             eigendecomposition; MINRES and GMRES run s·k columns.
@@ -133,7 +133,8 @@ def solve(
         return (x, info) if return_info else x
 
     aim = back if back is not None else _backward_method(method, target)
-    reverse = kernel if back is None and (sigma is None or not isinstance(method, CG)) else None
+    sided = isinstance(aim, GMRES) and precondition is not None
+    reverse = kernel if back is None and not sided and (sigma is None or not isinstance(method, CG)) else None
 
     def rule(x_bar: Tensor | None) -> Cotangents:
         none: list[Tensor | None] = [None] if sigma is None else [None, None]
@@ -141,8 +142,9 @@ def solve(
             return Cotangents([None], none)
         check_finite(x_bar, "the cotangent of solve's result")
         before = run.num_matvecs
-        solver = reverse or _bind(aim, run, precondition, sigma, shared=False)
         G, product, rtol = unfold(unwrap(x_bar)), plain(adjoint_of(run)), aim.rtol or 0.0
+        other = adjoint_preconditioner(precondition, G) if sided and precondition is not None else precondition
+        solver = reverse or _bind(aim, run, other, sigma, shared=False)
         adjoint, target = solve_columns(solver, product, G, None, rtol=rtol, atol=aim.atol, shift=shift, adjoint=True)
         products = run.num_matvecs - before + (_dense_products(aim, A) if reverse is None else 0)
         info.backward = _info(aim, adjoint, products, None if sigma is None else (sigma.numel(), count))

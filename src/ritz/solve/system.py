@@ -118,10 +118,10 @@ def inner(X: Tensor, Y: Tensor) -> Scalars:
     """Re x_jᴴ y_j of every column, accumulated in float64, (k,); one synchronisation."""
     if X.is_complex():
         X, Y = torch.view_as_real(X.resolve_conj()), torch.view_as_real(Y.resolve_conj())
-        return np.array((X * Y).sum((0, 2), dtype=torch.float64).tolist())
+        return np.array((X.double() * Y).sum((0, 2)).tolist())
     if X.shape[1] == 1 and X.dtype == torch.float64:
         return np.array([torch.dot(X.squeeze(1), Y.squeeze(1)).item()])
-    return np.array((X * Y).sum(0, dtype=torch.float64).tolist())
+    return np.array((X.double() * Y).sum(0).tolist())  # in float64 before it is squared: 1e-25 is a number in float32
 
 
 def norms(X: Tensor) -> Scalars:

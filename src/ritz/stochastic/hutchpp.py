@@ -66,5 +66,6 @@ def hutchpp(
     known = samples[:third].sum()
     rest, error = mean_and_error(samples[third:], False)
     details = {**info.details, "sketched": known.detach(), "probed": rest.detach()}
+    # How the sketch ended has no part in it: any Q gives an unbiased estimate.
     spent = first.num_matvecs + info.num_matvecs
     return known + rest, replace(info, num_matvecs=spent, standard_error=error.abs(), details=details)

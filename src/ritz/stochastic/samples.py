@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,6 +55,15 @@ def function_of_probes(
     if f is None:
         return A @ Z, Info(None, Z.shape[1], 1, status=Status.FIXED)
     return funm_multiply(f, A, Z, method=method, gradient=gradient, return_info=True, on_failure=on_failure)
+
+
+def joined(first: Info, second: Info) -> Info:
+    """One report of two runs that a value comes from: products of both, the worse end."""
+    worse = second if first.status.success else first
+    parts = [i.residual.reshape(-1) for i in (first, second) if i.residual is not None]
+    residual = torch.cat(parts) if parts else None
+    spent = first.num_matvecs + second.num_matvecs
+    return replace(second, num_matvecs=spent, status=worse.status, residual=residual)
 
 
 def is_real(f: Any) -> bool:

@@ -107,6 +107,7 @@ def _reduced(
         value, info = rule(
             A, f, estimator, method=method, gradient=gradient, generator=generator, on_failure=on_failure
         )
+        info = replace(info, method=estimator) if f is None else info
     info.details["estimator"] = estimator
     return (value, info) if return_info else value
 
@@ -219,9 +220,11 @@ def diagonal(
     if isinstance(estimator, XDiag):
         if f is not None:
             raise OperandError(f"{estimator} is for the diagonal of A itself; use Hutchinson(m) for that of f(A)")
-        value, error = xdiag(A, estimator, generator)
-        info = Info(estimator, estimator.m, 1, standard_error=error, details={"estimator": estimator})
-        return (value, info) if return_info else value
+        if isinstance(resolved := estimator.resolve(n), XDiag):
+            value, error = xdiag(A, resolved, generator)
+            info = Info(estimator, estimator.m, 1, standard_error=error, details={"estimator": estimator})
+            return (value, info) if return_info else value
+        estimator = resolved
     _check_estimator(estimator)
     Z = estimator.probes(n, A.dtype, A.device, generator)
     if f is None:

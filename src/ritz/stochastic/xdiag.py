@@ -34,6 +34,10 @@ class XDiag:
         if not isinstance(self.m, int) or self.m < 4 or self.m % 2:
             raise OperandError(f"XDiag(m={self.m!r}); expected an even number of columns, at least four")
 
+    def resolve(self, n: int) -> XDiag | Hutchinson:
+        """The same on a matrix of size n; where the space would be all of it, unit vectors do it exactly."""
+        return Hutchinson(n) if self.m // 2 >= n else self
+
 
 def xdiag(A: LinearOperator, estimator: XDiag, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """The diagonal (n,) and its standard error, differentiable by the operator's own rules."""

@@ -13,7 +13,7 @@ from ..methods import GradientRule, KrylovMethod
 from ..operators.base import LinearOperator
 from ..result import Info, OnFailure
 from .probes import Hutchinson, gaussian, mean_and_error
-from .samples import function_of_probes, is_real
+from .samples import function_of_probes, is_real, joined
 from .xdiag import basis_without_each
 
 
@@ -77,5 +77,4 @@ def xtrace(
     if samples.is_complex() and A.hermitian and is_real(f):
         samples = samples.real
     value, error = mean_and_error(samples, False)
-    spent = first.num_matvecs + second.num_matvecs
-    return value, replace(second, num_matvecs=spent, standard_error=error.abs())
+    return value, replace(joined(first, second), standard_error=error.abs())
