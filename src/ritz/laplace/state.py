@@ -88,7 +88,8 @@ def restore(laplace: Laplace, state: dict[str, Any]) -> None:
         )
     for t, saved in zip(laplace.hyperparameters, state["hyperparameters"]):
         if t.shape != saved.shape or not torch.equal(t.detach(), saved.to(t)):
-            raise OperandError(f"the state was fitted at hyperparameters {saved.tolist()}; they are {t.detach().tolist()} here")
+            here, there = t.detach().tolist(), saved.tolist()
+            raise OperandError(f"the state was fitted at hyperparameters {there}; they are {here} here")
     posterior = _posterior_of(laplace, state["posterior"])
     for name in (*NUMBERS, "sigma_noise", "prior_precision"):
         setattr(laplace, name, state[name])
