@@ -52,8 +52,8 @@ class GMRES:
             and time a step, and may stagnate: a column whose cycle gains nothing ends as STAGNATED.
 
     Cost: one block product a step, of the columns that are not done, and one to check each column; at step j of a
-    cycle 4 j inner products and updates of length n a column. Memory: ``restart`` + 3 vectors a column (twice with a
-    preconditioner's). Three synchronisations a step.
+    cycle 4 j inner products and updates of length n a column. Memory: ``restart`` + 3 vectors a column. Three
+    synchronisations a step.
     Reference: Saad, Schultz, GMRES: a generalized minimal residual algorithm for nonsymmetric linear systems, 1986.
     """
 
