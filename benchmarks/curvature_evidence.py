@@ -9,7 +9,6 @@ in float64; the dense route assembles it from Jacobian rows by torch.func and de
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -199,8 +198,7 @@ def main() -> int:
     x, y = digits(options.data, options.images)
     result = {"environment": environment, "images": len(x), "evidence": evidence(options, x, y)}
     path = options.output / f"{options.name or 'curvature-evidence-cpu-' + environment['date']}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    _common.write_json(path, result)
     table = markdown(result)
     path.with_suffix(".md").write_text(table)
     print("\n" + table)

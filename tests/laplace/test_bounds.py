@@ -26,6 +26,15 @@ def larger(likelihood="regression", dtype=torch.float64):
     return model, x, y
 
 
+def tied():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"e": nn.Linear(3, 3), "d": nn.Linear(3, 3)}).double()
+    model["d"].weight = model["e"].weight
+    model.forward = lambda x: model["d"](torch.tanh(model["e"](x)))
+    data = torch.randn(5, 3, **DOUBLE), torch.tensor([0, 1, 2, 0, 1])
+    return model, data
+
+
 def exact_variance(model, x, y, D, sigma):
     G = GGN(model, SquaredError(), None, (x, y), reduction="sum").to_dense()
     J = Jacobian(model, data=x).to_dense()
@@ -166,11 +175,7 @@ def test_the_bridge_is_finite_for_confident_logits_and_no_variance():
 
 
 def test_tied_weights_are_meant_by_each_of_their_names():
-    torch.manual_seed(0)
-    model = nn.ModuleDict({"e": nn.Linear(3, 3), "d": nn.Linear(3, 3)}).double()
-    model["d"].weight = model["e"].weight
-    model.forward = lambda x: model["d"](torch.tanh(model["e"](x)))
-    data = torch.randn(5, 3, **DOUBLE), torch.tensor([0, 1, 2, 0, 1])
+    model, data = tied()
     for params, names in (("d", {"e.weight", "d.bias"}), ("d.weight", {"e.weight"}), ("e", {"e.weight", "e.bias"})):
         assert set(GGN(model, CrossEntropy(), params, data).network.names) == names
 
@@ -231,16 +236,14 @@ def test_states_and_hyperparameters():
         loaded.log_marginal_likelihood(1.0)
     with torch.no_grad():
         t.mul_(2.0)
-    with pytest.raises(OperandError, match="fitted at hyperparameters 1.0; they are 2.0 here"):
+    with pytest.raises(OperandError, match="fitted at hyperparameters .1.0.; they are .2.0. here"):
         Laplace(scaled, "regression", hyperparameters=[t]).load_state_dict(state)
+    with pytest.raises(OperandError, match="they are .. here"):
+        Laplace(scaled, "regression").load_state_dict(state)
 
 
 def test_groups_by_each_name_of_a_tied_weight():
-    torch.manual_seed(0)
-    model = nn.ModuleDict({"e": nn.Linear(3, 3), "d": nn.Linear(3, 3)}).double()
-    model["d"].weight = model["e"].weight
-    model.forward = lambda x: model["d"](torch.tanh(model["e"](x)))
-    data = torch.randn(5, 3, **DOUBLE), torch.tensor([0, 1, 2, 0, 1])
+    model, data = tied()
     la = Laplace(model, "classification", subset="d", prior_precision={"d": 3.0}).fit(data)
     torch.testing.assert_close(la.log_marginal_likelihood(), la.log_marginal_likelihood(3.0))
 

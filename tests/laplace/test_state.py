@@ -42,7 +42,7 @@ def test_states_of_others_are_refused_and_change_nothing():
     for target, changed, message in [
         (other, {}, "is of the parameters"),
         (Laplace(model, "regression", structure="kron"), {}, "structure='diag'; this Laplace has 'kron'"),
-        (Laplace(model, "regression", structure="diag"), {"version": 7}, "version 7; expected 1"),
+        (Laplace(model, "regression", structure="diag"), {"version": 7}, "version 7; expected 2"),
     ]:
         with pytest.raises(OperandError, match=message):
             target.load_state_dict(state | changed)

@@ -63,16 +63,23 @@ def dense(M, f):
     return (V * w.log().to(V.dtype)) @ V.mH
 
 
+def posed(name):
+    """Operator, its leaf, the same function as a dense matrix, its leaf, and the method; by one of MATRICES."""
+    M, f = MATRICES[name]
+    A, B, symmetric = M.clone().requires_grad_(), M.clone().requires_grad_(), torch.equal(M, M.mH)
+    half = lambda X: 0.5 * (X + X.mH) if symmetric else X  # noqa: E731
+    operator = ritz.aslinearoperator(half(A), hermitian=True) if symmetric else A
+    method = ritz.Lanczos(rtol=1e-12) if symmetric else ritz.Arnoldi(rtol=1e-12)
+    return operator, A, dense(half(B), f), B, method
+
+
 @pytest.mark.parametrize("name", MATRICES)
 def test_xtrace_is_its_definition_and_so_is_its_gradient(name):
     M, f = MATRICES[name]
-    A = M.clone().requires_grad_()
+    operator, A, fB, B, method = posed(name)
     symmetric = torch.equal(M, M.mH)
-    make = lambda A: ritz.aslinearoperator(0.5 * (A + A.mH), hermitian=True) if symmetric else A  # noqa: E731
-    method = ritz.Lanczos(rtol=1e-12) if symmetric else ritz.Arnoldi(rtol=1e-12)
-    value, info = ritz.trace(make(A), f, estimator=ritz.XTrace(12, seed=3), method=method, return_info=True)
-    B = M.clone().requires_grad_()
-    samples = naive_xtrace(dense(0.5 * (B + B.mH) if symmetric else B, f), gaussian(40, 6, M.dtype, M.device, 3, None))
+    value, info = ritz.trace(operator, f, estimator=ritz.XTrace(12, seed=3), method=method, return_info=True)
+    samples = naive_xtrace(fB, gaussian(40, 6, M.dtype, M.device, 3, None))
     expected = samples.mean().real if symmetric else samples.mean()
     torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(info.standard_error, samples.detach().std().real / 6**0.5, rtol=1e-7, atol=1e-12)
@@ -85,14 +92,11 @@ def test_xtrace_is_its_definition_and_so_is_its_gradient(name):
 @pytest.mark.parametrize("name", MATRICES)
 def test_hutchpp_is_its_definition_and_so_is_its_gradient(name):
     M, f = MATRICES[name]
-    A = M.clone().requires_grad_()
+    operator, A, fB, B, method = posed(name)
     symmetric = torch.equal(M, M.mH)
-    make = lambda A: ritz.aslinearoperator(0.5 * (A + A.mH), hermitian=True) if symmetric else A  # noqa: E731
-    method = ritz.Lanczos(rtol=1e-12) if symmetric else ritz.Arnoldi(rtol=1e-12)
-    value, info = ritz.trace(make(A), f, estimator=ritz.HutchPP(13, seed=3), method=method, return_info=True)
-    B = M.clone().requires_grad_()
+    value, info = ritz.trace(operator, f, estimator=ritz.HutchPP(13, seed=3), method=method, return_info=True)
     S, G = ritz.Hutchinson(4, 4).probes(40, M.dtype), gaussian(40, 5, M.dtype, M.device, 3, None)
-    known, samples = naive_hutchpp(dense(0.5 * (B + B.mH) if symmetric else B, f), S, G)
+    known, samples = naive_hutchpp(fB, S, G)
     expected = known + samples.mean()
     expected = expected.real if symmetric else expected
     torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)

@@ -138,7 +138,7 @@ class Laplace:
         if not math.isfinite(total):
             raise OperandError(f"the negative log-likelihood of the data is {total}; check the model and the targets")
         self._loss = total
-        self._squares = self.squares(self.prior_mean)
+        self._theta = self._weights()
         kinds = {"kron": KFAC, "ekfac": EKFAC, "diag": DiagonalGGN}
         if self.structure in kinds:
             self.posterior = Blocks(kinds[self.structure](self.model, self.loss, self.params, pairs, reduction="sum"))
@@ -154,13 +154,17 @@ class Laplace:
         self.posterior = Full(G, rank=self.rank, **self.settings) if pairs is None else LowRank(*pairs)
         return self
 
-    def squares(self, prior_mean: float) -> Tensor:
-        """(θ − prior mean)² of the parameters as they are, (P,), float64."""
-        theta = torch.cat([p.detach().reshape(-1) for p in self.network.parameters]).double()
-        return (theta - prior_mean).square()
+    def _weights(self) -> Tensor:
+        """The parameters as they are, (P,), float64."""
+        return torch.cat([p.detach().reshape(-1) for p in self.network.parameters]).double()
+
+    @property
+    def _squares(self) -> Tensor:
+        """(θ − prior mean)² of the parameters that the posterior is around."""
+        return (self._theta - self.prior_mean).square()
 
     def state_dict(self) -> dict[str, Any]:
-        """The fitted posterior as plain tensors and numbers, for ``torch.save``; the model's weights are not in it."""
+        """The fitted posterior as plain tensors and numbers, for ``torch.save``, with the weights that it is around."""
         return state_of(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> Laplace:
@@ -302,7 +306,8 @@ class Laplace:
             upper = lower = posterior.variance(prior, s)
             if left_out := posterior.unresolved():
                 assert isinstance(posterior, Full)
-                self._warn_of(left_out / float(s * prior.diagonal(1).min()), not return_lower)
+                if not return_lower:
+                    self._warn_of(left_out / float(s * prior.diagonal(1).min()))
                 lower = low_rank_variance(*posterior._leading(), prior, s, more=left_out)
             for f, rows in jacobian_rows(self.network, x):
                 C = f.shape[-1]
@@ -314,8 +319,8 @@ class Laplace:
         found = torch.cat(outputs), torch.cat(uppers)
         return (*found, torch.cat(lowers)) if return_lower else found
 
-    def _warn_of(self, excess: float, wanted: bool) -> None:
-        if wanted and excess > 1:
+    def _warn_of(self, excess: float) -> None:
+        if excess > 1:
             warnings.warn(
                 f"predictive variances from {self.rank} eigenpairs are an upper bound, up to {1 + excess:.3g} times "
                 "too large (what was left out may have more curvature than the prior precision); raise rank=, use "

@@ -98,6 +98,7 @@ def marglik_training(
     size = sum(len(x) for x, _ in train_loader)
     if not size:
         raise OperandError("train_loader is empty; expected batches (x, y)")
+    fitted = lambda: Laplace(model, likelihood, structure=structure, **settings).fit(train_loader)  # noqa: E731
     losses: list[float] = []
     values: list[float] = []
     epochs: list[int] = []
@@ -121,16 +122,16 @@ def marglik_training(
         if epoch < n_epochs_burnin or (epoch + 1) % marglik_frequency:
             continue
         model.eval()
-        laplace = Laplace(model, likelihood, structure=structure, **settings).fit(train_loader)
+        laplace = fitted()
         for step in range(n_hypersteps):
             if step and inside:
-                laplace = Laplace(model, likelihood, structure=structure, **settings).fit(train_loader)
+                laplace = fitted()
             hyper.zero_grad()
             evidence = laplace.log_marginal_likelihood(_prior(logs, prior_structure), log_sigma.exp())
             (-evidence).backward()
             hyper.step()
         if inside:
-            laplace = Laplace(model, likelihood, structure=structure, **settings).fit(train_loader)
+            laplace = fitted()
         with torch.no_grad():
             evidence = laplace.log_marginal_likelihood(_prior(logs, prior_structure), log_sigma.exp())
         values.append(float(evidence))

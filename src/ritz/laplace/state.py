@@ -17,7 +17,7 @@ from .posterior import Blocks, Full, LowRank, Posterior
 if TYPE_CHECKING:
     from .laplace import Laplace
 
-VERSION = 1
+VERSION = 2
 NUMBERS = ("likelihood", "structure", "prior_mean", "num_data", "num_outputs", "rank")
 
 
@@ -26,23 +26,15 @@ def state_of(laplace: Laplace) -> dict[str, Any]:
     posterior = laplace._fitted()
     state: dict[str, Any] = {"version": VERSION, "names": list(laplace.network.names), "loss": laplace._loss}
     state |= {name: getattr(laplace, name) for name in NUMBERS}
-    state["squares"] = laplace._squares
+    state["theta"] = laplace._theta
     state["sigma_noise"] = float(laplace.sigma_noise)
     prior = laplace.prior_precision
     state["prior_precision"] = {k: float(v) for k, v in prior.items()} if isinstance(prior, dict) else float(prior)
     state["hyperparameters"] = [t.detach().clone() for t in laplace.hyperparameters]
-    state["fingerprint"] = fingerprint(laplace)
     given = state["prior_precision"]
     lowest = min(given.values()) if isinstance(given, dict) else given
     state["posterior"] = _posterior_state(posterior, state["sigma_noise"] ** 2 * lowest)
     return state
-
-
-def fingerprint(laplace: Laplace) -> Tensor:
-    """A few random projections of the weights, which tell them from others."""
-    theta = torch.cat([p.detach().reshape(-1) for p in laplace.network.parameters]).double().cpu()
-    Z = torch.randn(4, theta.numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return Z @ theta / max(1.0, theta.numel() ** 0.5)
 
 
 def _posterior_state(posterior: Posterior, smallest: float) -> dict[str, Any]:
@@ -55,8 +47,8 @@ def _posterior_state(posterior: Posterior, smallest: float) -> dict[str, Any]:
     assert isinstance(posterior, Full)
     measure = posterior._measured(smallest)
     fields = ("known", "known_weights", "nodes", "weights", "exact")
-    found = {f: getattr(measure, f) for f in fields} | {"floor": posterior.floor, "left_out": posterior.left_out}
-    found["status"] = measure.info.status.name
+    found = {f: getattr(measure, f) for f in fields}
+    found |= {"floor": posterior.floor, "left_out": 0.0, "status": measure.info.status.name}
     if posterior.rank is None:  # variances by solves, which a state without data has none of
         return found
     values, vectors = posterior._leading()
@@ -77,23 +69,24 @@ def restore(laplace: Laplace, state: dict[str, Any]) -> None:
             raise OperandError(f"the state is of {name}={state[name]!r}; this Laplace has {getattr(laplace, name)!r}")
     if list(laplace.network.names) != state["names"]:
         raise OperandError(f"the state is of the parameters {state['names']}; this model has {laplace.network.names}")
-    squares, own = laplace.squares(state["prior_mean"]), fingerprint(laplace)
-    same = squares.shape == state["squares"].shape and bool(
-        ((own - state["fingerprint"]).abs() <= 1e-6 * (own.abs().max() + torch.finfo(own.dtype).tiny)).all()
-    )
-    if not same:
+    theta, saved = laplace._weights(), state["theta"].to(laplace.network.device)
+    if theta.shape != saved.shape or bool(((theta - saved).abs() > 1e-6 * saved.abs().max()).any()):
         raise OperandError(
-            f"the state belongs to other weights ({state['squares'].numel()} of them) than the {squares.numel()} of "
-            "this model; load the weights that the posterior was fitted at first"
+            f"the state belongs to other weights ({saved.numel()} of them) than the {theta.numel()} of this model; "
+            "load the weights that the posterior was fitted at first"
         )
-    for t, saved in zip(laplace.hyperparameters, state["hyperparameters"]):
-        if t.shape != saved.shape or not torch.equal(t.detach(), saved.to(t)):
-            here, there = t.detach().tolist(), saved.tolist()
-            raise OperandError(f"the state was fitted at hyperparameters {there}; they are {here} here")
+    inside, values = laplace.hyperparameters, state["hyperparameters"]
+    if len(inside) != len(values) or not all(map(_equal, inside, values)):
+        here, there = [t.detach().tolist() for t in inside], [t.tolist() for t in values]
+        raise OperandError(f"the state was fitted at hyperparameters {there}; they are {here} here")
     posterior = _posterior_of(laplace, state["posterior"])
     for name in (*NUMBERS, "sigma_noise", "prior_precision"):
         setattr(laplace, name, state[name])
-    laplace._loss, laplace._squares, laplace.posterior = state["loss"], state["squares"], posterior
+    laplace._loss, laplace._theta, laplace.posterior = state["loss"], saved, posterior
+
+
+def _equal(t: Tensor, saved: Tensor) -> bool:
+    return t.shape == saved.shape and torch.equal(t.detach(), saved.to(t))
 
 
 def _posterior_of(laplace: Laplace, state: dict[str, Any]) -> Posterior:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..result import Status
+from .settings import Iterative
 from .system import (
     ROUNDING,
     Kernel,
@@ -21,9 +22,6 @@ from .system import (
     add,
     check_preconditioner,
     check_scalars,
-    check_settings,
-    default_rtol,
-    default_steps,
     divide,
     drive,
     inner,
@@ -42,7 +40,7 @@ PATIENCE = 4
 
 
 @dataclass(frozen=True)
-class CG:
+class CG(Iterative):
     """Conjugate gradients, for Hermitian positive definite operators.
 
     Each column stops when its *recomputed* residual has ‖b − A x‖ ≤ max(rtol·‖b‖, atol), SciPy's meaning.
@@ -57,24 +55,9 @@ class CG:
     Reference: Hestenes, Stiefel, Methods of conjugate gradients for solving linear systems, 1952.
     """
 
-    rtol: float | None = None
-    atol: float = 0.0
-    max_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        check_settings("CG", self.rtol, self.atol, self.max_steps)
-
-    def resolve(self, A: LinearOperator) -> CG:
-        """The same method with the defaults filled in for an operator."""
-        return replace(
-            self,
-            rtol=default_rtol(A.dtype) if self.rtol is None else self.rtol,
-            max_steps=default_steps(A.shape[0]) if self.max_steps is None else self.max_steps,
-        )
-
     def bind(self, A: LinearOperator, precondition: Product | None) -> Kernel:
         """The solver of unit-norm blocks."""
-        limit = self.max_steps or default_steps(A.shape[0])
+        limit = self.limit(A.shape[0])
 
         def kernel(
             product: Product, B: Tensor, X0: Tensor | None, target: Scalars, shift: Tensor | None, adjoint: bool

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import OperandError
 from ..numerics import check_finite
 from ..result import Status
+from .settings import Iterative
 from .system import (
     ROUNDING,
     Kernel,
@@ -21,9 +22,6 @@ from .system import (
     Scalars,
     System,
     check_scalars,
-    check_settings,
-    default_rtol,
-    default_steps,
     divide,
     drive,
     norms,
@@ -38,7 +36,7 @@ GAIN = 0.9999
 
 
 @dataclass(frozen=True)
-class GMRES:
+class GMRES(Iterative):
     """Generalised minimal residuals, for any square operator; the backward solve needs its adjoint product.
 
     Each column stops when its *recomputed* residual has ‖b − A x‖ ≤ max(rtol·‖b‖, atol), SciPy's meaning. A
@@ -57,27 +55,16 @@ class GMRES:
     Reference: Saad, Schultz, GMRES: a generalized minimal residual algorithm for nonsymmetric linear systems, 1986.
     """
 
-    rtol: float | None = None
-    atol: float = 0.0
-    max_steps: int | None = None
     restart: int = 30
 
     def __post_init__(self) -> None:
-        check_settings("GMRES", self.rtol, self.atol, self.max_steps)
+        super().__post_init__()
         if not isinstance(self.restart, int) or self.restart < 1:
             raise OperandError(f"GMRES(restart={self.restart!r}): expected a whole number of steps, at least 1")
 
-    def resolve(self, A: LinearOperator) -> GMRES:
-        """The same method with the defaults filled in for an operator."""
-        return replace(
-            self,
-            rtol=default_rtol(A.dtype) if self.rtol is None else self.rtol,
-            max_steps=default_steps(A.shape[0]) if self.max_steps is None else self.max_steps,
-        )
-
     def bind(self, A: LinearOperator, precondition: Product | None) -> Kernel:
         """The solver of unit-norm blocks."""
-        limit = self.max_steps or default_steps(A.shape[0])
+        limit = self.limit(A.shape[0])
         length = min(self.restart, A.shape[0])
 
         def iterate(system: System, R: Tensor, target: Scalars, max_steps: int) -> Pass:

@@ -142,10 +142,8 @@ class _Problem:
         return self._rmatmat(U[: self._m].contiguous()) + self._damp * U[self._m :]
 
     def solve(self, B: Tensor, rtol: float, limit: int) -> tuple[Outcome, Tensor]:
-        """Minimiser and residuals b̃ − Ã x; right-hand sides are brought to unit norm first."""
-        scale = B.abs().amax(0) if B.shape[0] else torch.ones(B.shape[1], device=B.device)
-        scale = torch.where(scale > 0, scale, 1.0)
-        whole = B / scale
+        """Minimiser and residuals b̃ − Ã x; right-hand sides are brought to size 1 first."""
+        whole, scale = _scaled(B)
         if self._damp:
             whole = torch.cat([whole, whole.new_zeros(self._n, B.shape[1])])
         out, R = minimise(self.product, self.adjoint_product, whole, rtol, limit)
@@ -156,10 +154,16 @@ class _Problem:
 
     def adjoint(self, G: Tensor, rtol: float, limit: int) -> tuple[Tensor, Tensor, Outcome]:
         """Ã⁺ᴴ g, what of g it does not reach, and the report."""
-        scale = G.abs().amax(0)
-        scale = torch.where(scale > 0, scale, 1.0)
-        out, rest = minimise(self.adjoint_product, self.product, G / scale, rtol, limit)
+        G, scale = _scaled(G)
+        out, rest = minimise(self.adjoint_product, self.product, G, rtol, limit)
         return out.X * scale, rest * scale, out
+
+
+def _scaled(B: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns whose largest entry is 1, and what it was."""
+    scale = B.abs().amax(0) if B.shape[0] else torch.ones(B.shape[1], device=B.device)
+    scale = torch.where(scale > 0, scale, 1.0)
+    return B / scale, scale
 
 
 def _both(first: Outcome, second: Outcome) -> Outcome:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..result import Status
+from .settings import Iterative
 from .system import (
     ROUNDING,
     Kernel,
@@ -21,9 +22,6 @@ from .system import (
     add,
     check_preconditioner,
     check_scalars,
-    check_settings,
-    default_rtol,
-    default_steps,
     divide,
     drive,
     inner,
@@ -41,7 +39,7 @@ SINGULAR = 10.0
 
 
 @dataclass(frozen=True)
-class MINRES:
+class MINRES(Iterative):
     """Minimal residuals, for Hermitian operators, definite or not.
 
     Each column stops when its *recomputed* residual has ‖b − A x‖ ≤ max(rtol·‖b‖, atol), SciPy's meaning. A singular
@@ -59,24 +57,9 @@ class MINRES:
     Reference: Paige, Saunders, Solution of sparse indefinite systems of linear equations, 1975.
     """
 
-    rtol: float | None = None
-    atol: float = 0.0
-    max_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        check_settings("MINRES", self.rtol, self.atol, self.max_steps)
-
-    def resolve(self, A: LinearOperator) -> MINRES:
-        """The same method with the defaults filled in for an operator."""
-        return replace(
-            self,
-            rtol=default_rtol(A.dtype) if self.rtol is None else self.rtol,
-            max_steps=default_steps(A.shape[0]) if self.max_steps is None else self.max_steps,
-        )
-
     def bind(self, A: LinearOperator, precondition: Product | None) -> Kernel:
         """The solver of unit-norm blocks."""
-        limit = self.max_steps or default_steps(A.shape[0])
+        limit = self.limit(A.shape[0])
 
         def kernel(
             product: Product, B: Tensor, X0: Tensor | None, target: Scalars, shift: Tensor | None, adjoint: bool

@@ -23,7 +23,7 @@ from .minres import MINRES
 from .multishift import solve_shifted
 from .preconditioners import as_product
 from .products import adjoint_of, adjoint_preconditioner, plain
-from .system import Kernel, Outcome, Product, Scalars, default_steps, inner, solve_columns, worst
+from .system import Kernel, Outcome, Product, Scalars, inner, solve_columns, worst
 
 Solver = CG | MINRES | GMRES | Direct
 
@@ -194,7 +194,7 @@ def _bind(method: Solver, run: Run, precondition: Product | None, sigma: Tensor 
         return method.bind(run.bound, sigma is not None)
     if sigma is None or not shared or not isinstance(method, CG):
         return method.bind(run.bound, precondition)
-    limit, values = method.max_steps or default_steps(run.A.shape[0]), unwrap(sigma).detach().to(torch.float64)
+    limit, values = method.limit(run.A.shape[0]), unwrap(sigma).detach().to(torch.float64)
 
     def kernel(
         product: Product, B: Tensor, X0: Tensor | None, target: Scalars, shift: Tensor | None, adjoint: bool
