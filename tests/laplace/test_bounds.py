@@ -160,12 +160,14 @@ def test_the_bridge_is_finite_for_confident_logits_and_no_variance():
     V = torch.diag_embed(torch.tensor([[2.0, 1.0, 3.0], [0.5, 0.5, 0.5], [1.0, 1.0, 1.0]]))
     got = bridge(f, V)
     assert bool(torch.isfinite(got).all()) and bool((got[0].argmax() == 0) & (got[2].argmax() == 0))
-    wide, C = f[1:2].double(), 3
-    v = V[1:2].double()
-    g = wide - v.sum(-1) * wide.sum() / v.sum()
-    marginal = v.diagonal(dim1=-2, dim2=-1) - v.sum(-1).square() / v.sum()
-    alpha = (1 - 2 / C + g.exp() / C**2 * torch.exp(-g).sum()) / marginal
-    torch.testing.assert_close(got[1:2].double(), alpha / alpha.sum(), rtol=1e-5, atol=1e-6)
+    # Against the formula, in double precision, where nothing overflows and every variance is another.
+    root = torch.randn(5, 3, 3, generator=torch.Generator().manual_seed(0), **DOUBLE)
+    g, v, C = 2 * root[:, 0], root @ root.mT + 0.1 * torch.eye(3, **DOUBLE), 3
+    to_sum, whole = v.sum(-1), v.sum((1, 2))[:, None]
+    centred = g - to_sum * g.sum(1, keepdim=True) / whole
+    marginal = v.diagonal(dim1=1, dim2=2) - to_sum**2 / whole
+    alpha = (1 - 2 / C + centred.exp() / C**2 * torch.exp(-centred).sum(1, keepdim=True)) / marginal
+    torch.testing.assert_close(bridge(g, v), alpha / alpha.sum(1, keepdim=True))
     assert bool(torch.isfinite(bridge(f, torch.zeros(3, 3, 3))).all())
     confident = nn.Linear(2, 3)
     confident.weight.data = torch.tensor([[40.0, 0], [-40, 0], [0, 1]])
