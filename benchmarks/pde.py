@@ -4,10 +4,12 @@
     python benchmarks/pde.py --problem wave --scale 11 --dtype float32 --only ritz torchdiffeq
     python benchmarks/pde.py --quick                               # 16 × 16: a smoke test
     python benchmarks/pde.py --redraw benchmarks/results/pde-cpu-DATE.json
+    python benchmarks/pde.py --retime benchmarks/results/pde-cpu-DATE.json   # without the search, which takes hours
 
 Every contestant is tuned to the cheapest setting whose u(t) and gradient are both within 1e-4 of an independent
 reference (`_pde_reference.py`), in a process of its own; then that setting is timed. Work–precision curves are the same
-search at other targets. Products: columns that go through A or Aᵀ, those of the gradient included (a vector–Jacobian
+search at other targets. Settings that an earlier run found (`--retime`) are checked against the reference again and timed
+in one run; a setting whose errors are no longer within the target is told. Products: columns that go through A or Aᵀ, those of the gradient included (a vector–Jacobian
 product of A is one); the pairing that ends ritz's backward pass is one narrow block and not counted.
 """
 
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import _common
+import numpy as np
 
 CONTESTANTS = ("ritz", "torchdiffeq", "diffrax", "direct")
 MODULES = {
@@ -56,6 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--name", help="stem of the result files (default pde-cpu-DATE)")
     parser.add_argument("--resume", type=Path, metavar="JSON", help="go on with a run that was cut off")
     parser.add_argument("--redraw", type=Path, metavar="JSON", help="only the table and the figures of a finished run")
+    parser.add_argument("--retime", type=Path, metavar="JSON", help="time the settings of an earlier run, in one run")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -84,6 +88,11 @@ def worker(task: dict[str, Any]) -> None:
         print(json.dumps({"peak_bytes": _common.peak_memory(call)}))
         return
     reference = _pde_reference.reference(name, N, scale, task["cache"])
+    if "known" in task:
+        again = [retime(module, problem, reference, task["target"], row) for row in task["known"]]
+        again.sort(key=lambda row: row.get("ms", float("inf")))
+        print(json.dumps({"rows": again, "reference": reference.how}))
+        return
     rows: list[dict[str, Any]] = []
     # One after the other where there are many, and what is found is printed at once: a time limit loses the rest only.
     starts = module.settings(problem) if task["contestant"] in ("torchdiffeq", "diffrax") else [None]
@@ -99,6 +108,25 @@ def worker(task: dict[str, Any]) -> None:
         print(
             json.dumps({"rows": rows, "reference": reference.how, "tried": f"{len(rows)} of {len(starts)}"}), flush=True
         )
+
+
+def retime(module: Any, problem: Any, reference: Any, target: float, row: dict[str, Any]) -> dict[str, Any]:
+    """A row of an earlier run with its errors and its time measured anew."""
+    import _pde_problems as pde
+
+    if "ms" not in row:
+        return row
+    setting = pde.Setting(**row["setting"])
+    # Adaptive depths are those of today's code, which the products of solvers with given steps do not depend on.
+    fresh = module.CONTESTANT == "ritz"
+    call, info = module.make(problem, setting, **({} if fresh or module.CONTESTANT == "direct" else {"count": False}))
+    _, u, grad = call()
+    found = pde.errors(*(np.asarray(a) for a in (u, grad)), reference)
+    if max(found) > target:
+        told = f"errors {found[0]:.1e} (u), {found[1]:.1e} (gradient) at the setting that an earlier run found"
+        return {"label": row["label"], "setting": row["setting"], "failed": told}
+    samples = _common.measure(call, max_time=8.0)
+    return row | (info if fresh else {}) | {"errors": found, "ms": 1e3 * statistics.median(samples), "runs": len(samples)}
 
 
 def call_worker(task: dict[str, Any], limit: float) -> dict[str, Any]:
@@ -140,6 +168,48 @@ def tasks(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 KEY = ("problem", "N", "scale", "dtype", "target", "contestant")
+Record = dict[str, Any]
+
+
+def key(record: Record) -> tuple:
+    return tuple(record[k] for k in KEY)
+
+
+def perform(task: Record, limit: float) -> Record:
+    """The record of a task: the rows of its contestant, with peak memory for ritz and for torchdiffeq by backprop."""
+    record = {k: task[k] for k in KEY} | call_worker(task, limit)
+    good = [row for row in record["rows"] if "ms" in row]
+    if task["target"] == TARGET and task["contestant"] in ("ritz", "torchdiffeq"):
+        plain = [row for row in good if row["setting"]["gradient"] == "backprop"]
+        for row in good if task["contestant"] == "ritz" else (plain or good)[:1]:
+            row |= call_worker({k: v for k, v in task.items() if k != "known"} | {"memory": row["setting"]}, limit)
+    return record
+
+
+def told(task: Record, record: Record) -> str:
+    good = [row for row in record["rows"] if "ms" in row]
+    best = f"{good[0]['label']}: {good[0]['ms']:.2f} ms" if good else record["rows"][0].get("failed", "nothing")
+    return f"{task['problem']} {task['scale']:g} {task['dtype']} {task['target']:g}, {task['contestant']}: {best}"
+
+
+def begin(options: argparse.Namespace) -> tuple[Path, dict[str, Any], list[Record]]:
+    """Where results go, what is there already, and what is to be done."""
+    wanted = tasks(options)
+    if options.resume:  # what failed is repeated
+        result = json.loads(options.resume.read_text())
+        again = {key(task) for task in wanted}
+        kept = [r for r in result["records"] if key(r) not in again or any("ms" in row for row in r["rows"])]
+        done = {key(r) for r in kept}
+        return options.resume, result | {"records": kept}, [task for task in wanted if key(task) not in done]
+    environment = _common.environment(1, "cpu")
+    for name in ("torchdiffeq", "diffrax"):
+        environment["versions"][name] = _common.metadata.version(name)
+    path = options.output / f"{options.name or 'pde-cpu-' + environment['date']}.json"
+    if options.retime:
+        known = json.loads(options.retime.read_text())["records"]
+        cache = str(options.cache) if options.cache else None
+        wanted = [{k: r[k] for k in KEY} | {"cache": cache, "known": r["rows"]} for r in known]
+    return path, {"environment": environment, "records": []}, wanted
 
 
 def main() -> int:
@@ -149,41 +219,19 @@ def main() -> int:
         return 0
     from _pde_report import figures, markdown
 
-    if options.redraw or options.resume:
-        path = options.redraw or options.resume
-        result = json.loads(path.read_text())
+    if options.redraw:
+        path, result = options.redraw, json.loads(options.redraw.read_text())
     else:
-        environment = _common.environment(1, "cpu")
-        for name in ("torchdiffeq", "diffrax"):
-            environment["versions"][name] = _common.metadata.version(name)
-        path = options.output / f"{options.name or 'pde-cpu-' + environment['date']}.json"
-        result = {"environment": environment, "records": []}
-    if not options.redraw:
         import tempfile
 
         options.cache = options.cache or Path(tempfile.mkdtemp())
-        again = {tuple(task[k] for k in KEY) for task in tasks(options)}
-        result["records"] = [
-            r
-            for r in result["records"]
-            if tuple(r[k] for k in KEY) not in again or any("ms" in row for row in r["rows"])  # what failed is repeated
-        ]
-        done = {tuple(r[k] for k in KEY) for r in result["records"]}
+        path, result, wanted = begin(options)
         began = time.monotonic()
-        for task in tasks(options):
-            if tuple(task[k] for k in KEY) in done:
-                continue
-            record = {k: task[k] for k in KEY} | call_worker(task, options.limit)
-            good = [row for row in record["rows"] if "ms" in row]
-            if good and task["target"] == TARGET and task["contestant"] in ("ritz", "torchdiffeq"):
-                plain = [row for row in good if row["setting"]["gradient"] == "backprop"]
-                for row in good if task["contestant"] == "ritz" else (plain or good)[:1]:
-                    row |= call_worker(task | {"memory": row["setting"]}, options.limit)
+        for task in wanted:
+            record = perform(task, options.limit)
             result["records"].append(record)
             _common.write_json(path, result)
-            best = f"{good[0]['label']}: {good[0]['ms']:.2f} ms" if good else record["rows"][0].get("failed", "nothing")
-            where = f"{task['problem']} {task['scale']:g} {task['dtype']} {task['target']:g}"
-            print(f"{time.monotonic() - began:6.0f} s  {where}, {task['contestant']}: {best}", flush=True)
+            print(f"{time.monotonic() - began:6.0f} s  {told(task, record)}", flush=True)
     table = markdown(result)
     path.with_suffix(".md").write_text(table)
     figures(result, path)
