@@ -100,7 +100,7 @@ def worker(task: dict[str, Any]) -> None:
         some = {} if start is None else {"choices": [start]}
         for row in module.tune(problem, reference, task["target"], **some):
             if "ms" in row:
-                samples = _common.measure(module.make(problem, row["setting"])[0], max_time=8.0)
+                samples = _common.measure(module.make(problem, row["setting"], **uncounted(module))[0], max_time=8.0)
                 row["ms"], row["runs"] = 1e3 * statistics.median(samples), len(samples)
             row["label"], row["setting"] = row["setting"].label, asdict(row["setting"])
             rows.append(row)
@@ -108,6 +108,11 @@ def worker(task: dict[str, Any]) -> None:
         print(
             json.dumps({"rows": rows, "reference": reference.how, "tried": f"{len(rows)} of {len(starts)}"}), flush=True
         )
+
+
+def uncounted(module: Any) -> dict[str, bool]:
+    """Keyword arguments of a module's `make` that leave out the count of products (for diffrax two compilations)."""
+    return {} if module.CONTESTANT == "direct" else {"count": False}
 
 
 def retime(module: Any, problem: Any, reference: Any, target: float, row: dict[str, Any]) -> dict[str, Any]:
@@ -119,14 +124,16 @@ def retime(module: Any, problem: Any, reference: Any, target: float, row: dict[s
     setting = pde.Setting(**row["setting"])
     # Adaptive depths are those of today's code, which the products of solvers with given steps do not depend on.
     fresh = module.CONTESTANT == "ritz"
-    call, info = module.make(problem, setting, **({} if fresh or module.CONTESTANT == "direct" else {"count": False}))
+    call, info = module.make(problem, setting, **({} if fresh else uncounted(module)))
     _, u, grad = call()
     found = pde.errors(*(np.asarray(a) for a in (u, grad)), reference)
     if max(found) > target:
         told = f"errors {found[0]:.1e} (u), {found[1]:.1e} (gradient) at the setting that an earlier run found"
         return {"label": row["label"], "setting": row["setting"], "failed": told}
     samples = _common.measure(call, max_time=8.0)
-    return row | (info if fresh else {}) | {"errors": found, "ms": 1e3 * statistics.median(samples), "runs": len(samples)}
+    return (
+        row | (info if fresh else {}) | {"errors": found, "ms": 1e3 * statistics.median(samples), "runs": len(samples)}
+    )
 
 
 def call_worker(task: dict[str, Any], limit: float) -> dict[str, Any]:
