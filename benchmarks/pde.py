@@ -4,13 +4,14 @@
     python benchmarks/pde.py --problem wave --scale 11 --dtype float32 --only ritz torchdiffeq
     python benchmarks/pde.py --quick                               # 16 × 16: a smoke test
     python benchmarks/pde.py --redraw benchmarks/results/pde-cpu-DATE.json
-    python benchmarks/pde.py --retime benchmarks/results/pde-cpu-DATE.json   # without the search, which takes hours
+    python benchmarks/pde.py --retime benchmarks/results/pde-cpu-DATE.json   # without the search
 
 Every contestant is tuned to the cheapest setting whose u(t) and gradient are both within 1e-4 of an independent
 reference (`_pde_reference.py`), in a process of its own; then that setting is timed. Work–precision curves are the same
-search at other targets. Settings that an earlier run found (`--retime`) are checked against the reference again and timed
-in one run; a setting whose errors are no longer within the target is told. Products: columns that go through A or Aᵀ, those of the gradient included (a vector–Jacobian
-product of A is one); the pairing that ends ritz's backward pass is one narrow block and not counted.
+search at other targets. Settings that an earlier run found (`--retime`) are checked against the reference again and
+timed in one run; a setting whose errors are no longer within the target is told. Products: columns that go through A or
+Aᵀ, those of the gradient included (a vector–Jacobian product of A is one); the pairing that ends ritz's backward pass
+is one narrow block and not counted.
 """
 
 from __future__ import annotations

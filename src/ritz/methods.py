@@ -109,12 +109,18 @@ class Adjoint:
     """Derivative of the computed quantity, by the adjoint recurrence of the decomposition.
 
     Exact for the value that was returned, however shallow the depth; one adjoint product per step in backward.
+    Lanczos reads A as a Hermitian matrix: where a free matrix merely happens to be symmetric, the part of its gradient
+    that would make it unsymmetric is that of the recurrence, not that of f. Symmetrise it ((M + M.mT)/2) or give
+    ``method=Arnoldi()``; ``Frechet()`` is right there.
     """
 
 
 @dataclass(frozen=True)
 class Unrolled:
-    """Plain autograd through every step: any order of differentiation, memory of the whole loop; the reference."""
+    """Plain autograd through every step: any order of differentiation, memory of the whole loop.
+
+    The derivative of the computed value, with what :class:`Adjoint` says of free symmetric matrices.
+    """
 
 
 KrylovMethod = Lanczos | Arnoldi | Auto

@@ -31,6 +31,7 @@ ORDERS = [
     (EXPRB43(), False, 4, [16, 24, 32]),
     (EXPRB43(), True, 4, [16, 24, 32]),
     (EXPRB53(), False, 5, [8, 12, 16]),
+    (EXPRB53(), True, 5, [8, 12, 16]),
 ]
 
 
@@ -272,6 +273,14 @@ def test_tuples():
     assert Q.shape == P.shape == (3, 1, 2)
     energy = P**2 / 2 - torch.cos(Q)
     assert float((energy - energy[0]).abs().max()) < 1e-5 and float((Q[-1] - Q[0]).abs().min()) > 0.1
+
+
+def test_dictionaries_belong_together_by_key():
+    """Whatever the order in which f names them."""
+    start = {"a": torch.ones(1, dtype=D), "b": (torch.ones(2, dtype=D),)}
+    y = odeint(lambda t, y: {"b": (-2 * y["b"][0],), "a": -y["a"]}, start, [0.0, 1.0])
+    torch.testing.assert_close(y["a"][-1], torch.full((1,), math.exp(-1), dtype=D), rtol=1e-5, atol=0)
+    torch.testing.assert_close(y["b"][0][-1], torch.full((2,), math.exp(-2), dtype=D), rtol=1e-5, atol=0)
 
 
 def test_modules_in_float32():

@@ -330,6 +330,7 @@ BAD = {
     "borders": (lambda: Grid((3, 3), border=("neumann",)), OperandError, "one for all axes or one each"),
     "lengths": (lambda: Grid((3, 3), lengths=(1.0, -1.0)), OperandError, "got lengths=.*positive number, or 2"),
     "spacing": (lambda: Grid(3, spacing=0.0), OperandError, "got spacing=0.0"),
+    "lengths and spacing": (lambda: Grid(3, lengths=2.0, spacing=0.1), OperandError, "expected one of the two"),
     "no grid": (lambda: Laplacian((3, 3)), OperandError, "grid is a tuple; expected a Grid"),
     "negative": (lambda: Diffusion(-1.0, LINE), DomainError, "negative diffusion: coefficient has 1 negative"),
     "one of two": (lambda: Diffusion([1.0, -1.0], PLANE), DomainError, r"coefficient\[1\] has 1 negative"),

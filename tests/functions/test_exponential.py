@@ -93,6 +93,39 @@ def test_budget_too_small(budget: int, method: Any, message: str) -> None:
         ritz.expm_multiply(ritz.aslinearoperator(S), v, 1.0, method=method, memory_budget=budget)
 
 
+@pytest.mark.parametrize("m", [1, 4])
+@pytest.mark.parametrize("depth, most", [(10, 700), (20, 40), (30, 15)])
+def test_short_spaces_of_an_oscillation_converge(depth: int, most: int, m: int) -> None:
+    """Their coefficients end in rounding, whose decay is none: a step must not be refused for it."""
+    g = torch.Generator().manual_seed(0)
+    d = 4 * torch.rand(400, dtype=torch.float64, generator=g)
+    v = torch.randn(400, m, dtype=torch.complex128, generator=g)
+    A = ritz.operators.Diagonal(d.to(torch.complex128)).declare(hermitian=True)
+    budget = int(2.5 * depth + 4.5) * v.numel() * v.element_size()
+    y, info = ritz.expm_multiply(A, v, -50j, memory_budget=budget, return_info=True, on_failure="raise")
+    torch.testing.assert_close(y, torch.exp(-50j * d).unsqueeze(1) * v, rtol=0, atol=1e-10)
+    assert info.depth <= depth and info.details["substeps"] < most
+
+
+@pytest.mark.parametrize("t", [True, [], torch.zeros(0)], ids=str)
+def test_times_that_are_none(t: Any) -> None:
+    _, S, v = problem(False)
+    with pytest.raises(OperandError, match="t is .*expected a number, or a 1-D tensor of at least one time"):
+        ritz.expm_multiply(ritz.aslinearoperator(S), v, t)
+
+
+def test_blocks_without_columns() -> None:
+    _, S, v = problem(True)
+    none = v[:, :0].detach().requires_grad_()
+    A = ritz.aslinearoperator(S)
+    for y in (
+        ritz.expm_multiply(A, none),
+        ritz.expint.phi_multiply(A, [none, none]),
+        ritz.expint.wave_multiply(A, none, none)[0],
+    ):
+        assert y.shape == none.shape
+
+
 def test_substeps_that_cannot_converge_are_reported() -> None:
     _, S, v = problem(False)
     with pytest.raises(ConvergenceError, match=r"e\^\{tA\}v: step limit reached"):

@@ -103,6 +103,19 @@ def test_shift_invert_refuses() -> None:
         ritz.expm_multiply(ritz.aslinearoperator(problem(False)[1]), v, 1.0, method=method)
 
 
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_singular_resolvent_is_named(sparse: bool) -> None:
+    M = torch.diag(torch.tensor([1.0, -1.0, -2.0], dtype=torch.float64))
+    A = ritz.aslinearoperator(M.to_sparse_csr() if sparse else M)
+    v = torch.ones(3, dtype=torch.float64)
+    with pytest.raises(DomainError, match="singular at γ = 1: 1/γ is an eigenvalue"):
+        ritz.expm_multiply(A, v, 1.0, method=ritz.ShiftInvert(gamma=1.0))
+    torch.testing.assert_close(ritz.expm_multiply(A, v, 0.0, method=ritz.ShiftInvert()), v)
+    for gamma in (float("nan"), 0.0, 1j):
+        with pytest.raises(OperandError, match="gamma="):
+            ritz.ShiftInvert(gamma=gamma)
+
+
 def relative_to_dense(A: ritz.LinearOperator, v: Tensor, t: float, y: Tensor) -> float:
     w, U = torch.linalg.eigh(A.to_dense().detach())
     exact = U @ (torch.exp(t * w) * (U.mT @ v))

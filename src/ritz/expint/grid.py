@@ -31,7 +31,7 @@ class Grid:
 
     Args:
         shape: number of unknowns along every axis; one number for a grid in one dimension.
-        lengths: extent of the domain [0, L] along every axis; one number for all.
+        lengths: extent of the domain [0, L] along every axis; one number for all. None is 1.
         spacing: distance h of neighbouring nodes, in place of ``lengths``; one number for all axes, or one each.
         border: one of three words for all axes, or one each.
             "dirichlet": zero on the border; the unknowns are the interior nodes (i + 1)·h, h = L/(n + 1).
@@ -51,7 +51,7 @@ class Grid:
 
     shape: tuple[int, ...]
     _: KW_ONLY
-    lengths: Any = 1.0
+    lengths: Any = None
     spacing: Any = None
     border: Any = "neumann"
 
@@ -68,11 +68,17 @@ class Grid:
             )
         gaps = [n + 1 if b == "dirichlet" else n for n, b in zip(shape, border)]
         if self.spacing is None:
-            lengths = _positive(self.lengths, "lengths", shape)
+            lengths = _positive(1.0 if self.lengths is None else self.lengths, "lengths", shape)
             spacing = tuple(L / gap for L, gap in zip(lengths, gaps))
         else:
             spacing = _positive(self.spacing, "spacing", shape)
             lengths = tuple(h * gap for h, gap in zip(spacing, gaps))
+            given = lengths if self.lengths is None else _positive(self.lengths, "lengths", shape)
+            if not all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(given, lengths)):
+                raise OperandError(
+                    f"a grid of shape {shape} got lengths={self.lengths!r} and spacing={self.spacing!r}, which would "
+                    f"make lengths of {lengths}; expected one of the two"
+                )
         for name, value in (("shape", shape), ("border", border), ("lengths", lengths), ("spacing", spacing)):
             object.__setattr__(self, name, value)
 

@@ -62,6 +62,8 @@ def phi_multiply(
     if any(b.shape != given[0].shape for b in given):
         raise OperandError(f"the b_j have shapes {[tuple(b.shape) for b in given]}; expected the same for all")
     time = one_time(t, A)
+    if not given_columns(given):
+        return expm_multiply(A, given[0], time, method=method, return_info=return_info)
     chosen = choose(A, method)
     shared = isinstance(chosen, Lanczos) and len(blocks) > 1 and (A.dtype.is_complex or not time.is_complex())
     spent = 0

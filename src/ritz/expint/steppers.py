@@ -59,6 +59,8 @@ class Adaptive(Fixed):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise OperandError(f"{name}={value!r}; expected a positive number")
+        if not isinstance(self.max_steps, int):
+            raise OperandError(f"max_steps={self.max_steps!r}; expected a whole number")
 
     def point(self, system: System, t: Tensor, y: Tensor) -> Point:
         return system.linearize(t, y)

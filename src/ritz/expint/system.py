@@ -62,7 +62,7 @@ class System(Products):
         self.y0, self.unravel = ravel(y0)
         super().__init__(self.y0, settings)
         self.func, self.linear, self.jacobian = func, linear, jacobian
-        self._shapes = [tuple(x.shape) for x in _leaves(y0)]
+        self._tree, self._shapes = y0, [tuple(x.shape) for x in _leaves(y0, y0)]
         self.real = self.dtype.to_real() if self.dtype.is_complex else self.dtype
         self.span, self._looked = span, False
         self._formed: LinearOperator | None = None
@@ -74,7 +74,7 @@ class System(Products):
         assert self.func is not None
         self.counts.evaluations += 1
         value = self.func(t.to(self.real), self.unravel(y))
-        leaves = _leaves(value)
+        leaves = _leaves(value, self._tree)
         if [tuple(x.shape) for x in leaves] != self._shapes:
             got = [tuple(x.shape) for x in leaves]
             raise OperandError(f"func returned shapes {got}; expected those of y0, {self._shapes}")
@@ -221,11 +221,18 @@ class _Zero(LinearOperator):
         return torch.zeros_like(X)
 
 
-def _leaves(tree: Any) -> list[Tensor]:
+def _leaves(tree: Any, like: Any) -> list[Tensor]:
+    """Tensors of ``tree`` in the order that they have in ``like``: those of a dictionary belong together by key."""
     if isinstance(tree, Tensor):
         return [tree]
-    if isinstance(tree, dict):
-        return [x for item in tree.values() for x in _leaves(item)]
-    if isinstance(tree, (list, tuple)):
-        return [x for item in tree for x in _leaves(item)]
-    raise OperandError(f"func returned a {type(tree).__name__}; expected tensors of y0's structure")
+    if isinstance(tree, dict) and isinstance(like, dict):
+        if tree.keys() != like.keys():
+            raise OperandError(f"func returned a dictionary with keys {list(tree)}; expected those of y0, {list(like)}")
+        return [x for key, item in like.items() for x in _leaves(tree[key], item)]
+    if isinstance(tree, (list, tuple)) and isinstance(like, (list, tuple)) and len(tree) == len(like):
+        return [x for pair in zip(tree, like) for x in _leaves(*pair)]
+    got, expected = (
+        f"{type(x).__name__} of {len(x)}" if isinstance(x, (dict, list, tuple)) else type(x).__name__
+        for x in (tree, like)
+    )
+    raise OperandError(f"func returned a {got} where y0 has a {expected}; expected tensors of y0's structure")

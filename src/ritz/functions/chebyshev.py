@@ -21,6 +21,7 @@ from ..numerics import check_finite, full_precision
 from ..operators.base import LinearOperator
 from ..pairing import Cotangents, Pair, Run
 from ..result import Info, OnFailure, Status, report
+from .closures import refuse_closures
 from .composed import Part
 from .frechet import compress
 from .scalar import ScalarFunction
@@ -59,6 +60,10 @@ class Chebyshev:
     def __post_init__(self) -> None:
         if self.num_terms is not None and self.num_terms < 1:
             raise OperandError(f"num_terms={self.num_terms}; expected at least 1, or None for an adaptive degree")
+        if not isinstance(self.max_terms, int) or self.max_terms < 1:
+            raise OperandError(f"max_terms={self.max_terms!r}; expected a whole number >= 1")
+        if self.rtol is not None and not 0 < self.rtol < 1:
+            raise OperandError(f"rtol={self.rtol}; expected a number between 0 and 1")
         if self.bounds is not None and not self.bounds[0] < self.bounds[1]:
             raise OperandError(
                 f"bounds={self.bounds}; expected (a, b) with a < b that hold the spectrum of the operator"
@@ -86,6 +91,7 @@ def chebyshev_multiply(
     if A.hermitian is False:
         raise OperandError(f"Chebyshev(...) came with {A!r}; expected a Hermitian operator (Arnoldi() serves others)")
     check_finite(V, "B")
+    refuse_closures(functions, repr(method))
     A = A if A.hermitian else A.declare(hermitian=True)
     method, spent = _bounded(A, method)
     parts = _parts(functions, method, V)

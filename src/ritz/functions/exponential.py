@@ -149,13 +149,12 @@ def _by_resolvent(
         raise OperandError(f"ShiftInvert() came with t={numbers}; expected real times of one sign (one call for each)")
     if isinstance(gradient, Unrolled):
         raise OperandError("ShiftInvert() cannot be unrolled through its factorisation; use Frechet() or Adjoint()")
-    t = max(real, key=abs, default=0.0)
-    gamma = method.gamma if method.gamma is not None else SHARE * t
-    if gamma == 0:
-        gamma = 1.0  # t = 0: any space holds B itself
-    B = resolvent(A, gamma, method.solver)
     krylov = method.krylov or (Lanczos() if A.hermitian else Arnoldi())
-    some = [i for i, s in enumerate(real) if s != 0] or list(range(len(real)))
+    if not any(real):
+        return _evaluate(A, V, grid, numbers, krylov, gradient, on_failure, keep=True)
+    gamma = method.gamma if method.gamma is not None else SHARE * max(real, key=abs)
+    B = resolvent(A, gamma, method.solver)
+    some = [i for i, s in enumerate(real) if s != 0]
     functions = [OfInverse(Exp(real[i]), gamma) for i in some]
     times = grid[some]
 

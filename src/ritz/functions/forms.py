@@ -7,6 +7,7 @@ log-determinants, curves over shifts, and the two terms of a Gaussian process' l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ..pairing import Cotangents, Pair, Run
 from ..result import Info, OnFailure, Status, report
 from . import frechet
 from .adjoint import forms_by_adjoint
+from .closures import with_closure
 from .composed import Part
 from .multiply import funm_multiply
 from .scalar import ScalarFunction, as_function
@@ -69,7 +71,8 @@ def quadratic_form(
         OperandError, NonFiniteError: wrong shape, dtype, device; NaN or Inf.
 
     Cost: k block products; memory k vectors per column while it runs, about 2·10 per column until backward.
-    Gradient: first order in A's tensors, v and shifts (any order under ``Unrolled()``).
+    Gradient: first order in A's tensors, v, shifts and tensors that a callable f closes over (any order under
+        ``Unrolled()``).
     """
     A = aslinearoperator(A)
     function, vector = as_function(f), v
@@ -151,13 +154,18 @@ def shared_forms(
         info = info_of(chosen, space, error, status, run.num_matvecs)
         report(info, what="forms of f(A)", target=chosen.tolerance(V.dtype), on_failure=on_failure)
         check_psd(A, space, info, on_failure)
+        rule: Callable[..., Cotangents] | None = None
+        blocks: list[Tensor] = []
         if not run.wants_gradient():
-            return values, info
-        if isinstance(gradient, Adjoint):
+            pass
+        elif isinstance(gradient, Adjoint):
             rule, blocks = forms_by_adjoint(run, space, terms, chosen, info)
         else:
             rule, blocks = _frechet_rule(space, terms, gradient.tolerance(V.dtype, smallest(error)), info)
-    return list(run.attach(values, rule, blocks, name="a form of f(A)")), info
+    if rule is not None:
+        values = list(run.attach(values, rule, blocks, name="a form of f(A)"))
+    copies = [partial(form_values, t, space.ritz, weights) for t in terms]
+    return [with_closure(y, t.f, copy) for y, t, copy in zip(values, terms, copies)], info
 
 
 def _complex_forms(

@@ -22,6 +22,8 @@ def as_times(t: Any, A: LinearOperator) -> Tensor:
             times = torch.from_numpy(np.asarray(t)).to(A.device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise OperandError(f"t is {t!r}; expected a number, or a 1-D tensor of times") from error
+    if times.dtype == torch.bool or not times.numel():
+        raise OperandError(f"t is {t!r}; expected a number, or a 1-D tensor of at least one time")
     if times.ndim > 1:
         raise OperandError(f"t has shape {tuple(times.shape)}; expected a scalar or a 1-D grid of times")
     check_finite(times.detach(), "t")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..result import Info, OnFailure, Status, report
 from . import frechet
 from .adjoint import multiply_by_adjoint
 from .chebyshev import Chebyshev, chebyshev_multiply
+from .closures import with_closure
 from .scalar import ScalarFunction, as_function
 from .space import (
     FIRST,
@@ -72,7 +74,8 @@ def funm_multiply(
 
     Cost: k block products; backward k adjoint products, then one narrow pairing (about 10 columns per column of B).
         Memory: k vectors per column until backward.
-    Gradient: first order in A's tensors and B (any order under ``Unrolled()``).
+    Gradient: first order in A's tensors, B, and tensors that a callable f closes over, such as the exponent in
+        ``lambda x: x**s`` (any order under ``Unrolled()``; not under Chebyshev and ``two_pass``, which refuse).
     """
     A = aslinearoperator(A)
     V = as_block(B, A.shape[0], "B", dtype=A.dtype, device=A.device)
@@ -122,25 +125,26 @@ def multiply(
         info = info_of(chosen, space, error, status, run.num_matvecs)
         report(info, what="f(A)v", target=chosen.tolerance(V.dtype), on_failure="ignore" if quiet else on_failure)
         check_psd(A, space, info, on_failure)
+        rule: Callable[..., Cotangents] | None = None
+        blocks: list[Tensor] = []
         if not run.wants_gradient():
-            return values, info
-        if isinstance(gradient, Adjoint):
+            pass
+        elif isinstance(gradient, Adjoint):
             rule, blocks = multiply_by_adjoint(run, space, functions, times, info)
         else:
-            again = (
-                None
-                if keep or not run.bound.deferrable
-                else replace(chosen, num_matvecs=space.basis.shape[1])
-            )
+            again = None if keep or not run.bound.deferrable else replace(chosen, num_matvecs=space.basis.shape[1])
             rule, blocks = _frechet_rule(
                 run, V.detach() if again else space, functions, times, chosen, gradient, info, on_failure, again
             )
-    return list(run.attach(values, rule, blocks, name="f(A)v")), info
+    if rule is not None:
+        values = list(run.attach(values, rule, blocks, name="f(A)v"))
+    # Of the space, which must not hold V's graph, and with values made anew: those kept in it are without a graph.
+    return [with_closure(y, f, partial(_value, space, f, V, recorded=True)) for y, f in zip(values, functions)], info
 
 
-def _value(space: Space, f: ScalarFunction, V: Tensor) -> Tensor:
+def _value(space: Space, f: ScalarFunction, V: Tensor, recorded: bool = False) -> Tensor:
     """‖v‖ Q f(T) e₁ in the dtype of the vectors (complex where f is)."""
-    y = combine(space.basis, space.small(f))
+    y = combine(space.basis, space.recorded(f) if recorded else space.small(f))
     return y.to(V.dtype) if V.is_complex() or not y.is_complex() else y
 
 

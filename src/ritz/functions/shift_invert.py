@@ -8,8 +8,10 @@ dB = γ B dA B.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -49,6 +51,10 @@ class ShiftInvert:
     gamma: float | None = None
     solver: Any = None
     krylov: Lanczos | Arnoldi | None = None
+
+    def __post_init__(self) -> None:
+        if self.gamma is not None and not (isinstance(self.gamma, Real) and math.isfinite(self.gamma) and self.gamma):
+            raise OperandError(f"gamma={self.gamma!r}; expected a finite number other than zero, or None for t/10")
 
 
 @dataclass(frozen=True)
@@ -153,13 +159,22 @@ def _factor(A: LinearOperator, gamma: float) -> tuple[Solve, Solve]:
             )
         with torch.no_grad():
             M = torch.eye(A.shape[0], dtype=A.dtype, device=A.device) - gamma * A.to_dense()
-            LU, pivots = torch.linalg.lu_factor(M.to(torch.complex128 if M.is_complex() else torch.float64))
+            LU, pivots, zero = torch.linalg.lu_factor_ex(M.to(torch.complex128 if M.is_complex() else torch.float64))
+        if bool(zero):
+            raise _singular(gamma)
         wide = LU.dtype
         return (
             lambda X: torch.linalg.lu_solve(LU, pivots, X.to(wide)).to(X.dtype),
             lambda X: torch.linalg.lu_solve(LU, pivots, X.to(wide), adjoint=True).to(X.dtype),
         )
     return _sparse_factor(entries, gamma, A)
+
+
+def _singular(gamma: float) -> DomainError:
+    return DomainError(
+        f"I − γA is singular at γ = {gamma:.6g}: 1/γ is an eigenvalue of A; give ShiftInvert(gamma=...) another value, "
+        "of the sign of t"
+    )
 
 
 def _sparse_factor(entries: Assembled, gamma: float, A: LinearOperator) -> tuple[Solve, Solve]:
@@ -178,7 +193,10 @@ def _sparse_factor(entries: Assembled, gamma: float, A: LinearOperator) -> tuple
     options = {"permc_spec": "COLAMD"}
     if A.hermitian:
         options = {"permc_spec": "MMD_AT_PLUS_A", "diag_pivot_thresh": 0.0, "options": {"SymmetricMode": True}}
-    factor = splu(M.tocsc(), **options)
+    try:
+        factor = splu(M.tocsc(), **options)
+    except RuntimeError as error:
+        raise _singular(gamma) from error
 
     def solve(X: Tensor, trans: str = "N") -> Tensor:
         Y = factor.solve(X.detach().cpu().numpy().astype(wide), trans)

@@ -27,6 +27,7 @@ Product = Callable[[Tensor], Tensor]
 PSD_ROUNDING = 1e3  # in units of eps·‖A‖: negative Ritz values that a positive semidefinite operator may show
 FIRST = 4  # adaptive depth: steps before the first look at the error
 EARLY = 0.7  # the same as a part of the depth that a similar space needed: the last substep's, the forward pass'
+NOISE = 4e-15  # of the coefficients of f(T)e₁ in double precision, relative to their norm
 TINY = torch.finfo(torch.float64).tiny
 ROOM = 2**26  # bytes of a basis that are set aside at once; larger ones grow by copies
 
@@ -76,8 +77,12 @@ class HermitianSpace:
     def small(self, f: ScalarFunction) -> Tensor:
         """‖v‖ f(T) e₁, (m, k); kept, since the error estimate, the value and the gradient ask for the same."""
         if id(f) not in self._known:  # with f, so that nobody else gets its number
-            self._known[id(f)] = f, _apply(self.vectors, f(self.ritz) * self.first)
+            self._known[id(f)] = f, self.recorded(f)
         return self._known[id(f)][1]
+
+    def recorded(self, f: ScalarFunction) -> Tensor:
+        """The same, made anew: on the graph of what f closes over, where there is one."""
+        return _apply(self.vectors, f(self.ritz) * self.first)
 
     def check_domain(self, functions: Sequence[ScalarFunction]) -> None:
         """Raise DomainError where a Ritz value lies outside of a function's domain."""
@@ -110,6 +115,10 @@ class GeneralSpace:
     def small(self, f: ScalarFunction) -> Tensor:
         """‖v‖ f(H) e₁, (m, k)."""
         return self.state.norm.to(self.H.dtype).unsqueeze(1) * f.matrix(self.H)[:, :, 0]
+
+    def recorded(self, f: ScalarFunction) -> Tensor:
+        """The same."""
+        return self.small(f)
 
     def check_domain(self, functions: Sequence[ScalarFunction]) -> None:
         """Raise DomainError where f(H) overflows; the dense functions themselves look after their domains."""
@@ -324,7 +333,7 @@ def _tail(c: list[float]) -> float:
     c = [x / largest for x in c]
     size = math.sqrt(sum(x * x for x in c))
     tail = math.hypot(*c[-2:]) / size
-    if k >= 6:
+    if k >= 6 and tail > NOISE:  # a decay between roundings says nothing, and 1/(1 − ρ) would be a factor of 20
         middle = math.hypot(*c[k // 2 - 1 : k // 2 + 1]) / size
         rate = (tail / max(middle, TINY)) ** (1 / (k - k // 2))
         tail = tail / (1 - min(rate, 0.95))

@@ -54,7 +54,7 @@ def table_multiply(
         info = info_of(method, space, error, status, run.num_matvecs)
         report(info, what=what, target=method.tolerance(V.dtype), on_failure="ignore" if quiet else on_failure)
         check_psd(A, space, info, on_failure)
-        if not run.wants_gradient():
+        if not m or not run.wants_gradient():
             return values, info
         rule = _rule(run, space, table, m, t, method, gradient, info, on_failure, what)
     block = space.basis.reshape(m, J * space.basis.shape[1], n)

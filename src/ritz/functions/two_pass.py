@@ -18,6 +18,7 @@ from ..operators.base import LinearOperator
 from ..pairing import Cotangents, Pair, Run
 from ..result import Info, OnFailure, report
 from . import frechet
+from .closures import refuse_closures
 from .scalar import ScalarFunction
 from .space import HermitianSpace, Space, as_hermitian, build, check_psd, first_look, info_of, smallest
 from .table import real_parts, select
@@ -39,6 +40,7 @@ def two_pass_multiply(
     """
     assert isinstance(gradient, Frechet)  # check_rule has seen to it
     A = as_hermitian(A, method)
+    refuse_closures(functions, repr(method))
     with Run(A, V) as run:
         space, error, status = build(run.matmat, V.detach(), method, functions, run=run_without_basis, psd=A.psd)
         run.inputs = (V,) if times is None else (V, times)
