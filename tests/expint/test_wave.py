@@ -53,6 +53,28 @@ def test_against_the_system(t: float, wanted: str, dtype: torch.dtype) -> None:
     assert info.backward.num_matvecs == (4 if wanted == "both" else 2) * info.backward.depth
 
 
+@pytest.mark.parametrize("t", [40.0, -25.0])
+def test_long_times_go_in_pieces(t: float) -> None:
+    M, S, u, v = problem()
+    time = torch.tensor(t, dtype=torch.float64, requires_grad=True)
+    A, method = ritz.aslinearoperator(S, hermitian=True), ritz.Lanczos(max_matvecs=14)
+    found, info = wave_multiply(A, u, v, time, method=method, return_info=True, on_failure="raise")
+    expected = dense(S, u, v, time)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+    g = torch.randn(2, N, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    ours, theirs = (
+        torch.autograd.grad((g[0] * y[0] + g[1] * y[1]).sum(), [M, u, v, time], retain_graph=True)
+        for y in (found, expected)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7 * float(b.norm()))
+    assert info.depth <= 14 and info.details["substeps"] > 2
+    assert info.num_matvecs > info.details["substeps"] * 4  # what was too short is counted
+    with pytest.raises(ritz.errors.ConvergenceError, match="the wave: step limit reached"):
+        wave_multiply(A, u, v, time, method=ritz.Lanczos(max_matvecs=1), on_failure="raise")
+
+
 def test_first_order_system() -> None:
     M, S, u, v = problem()
     K = (-S + 0.1 * torch.triu(torch.ones_like(S))).detach().requires_grad_()
