@@ -110,32 +110,23 @@ class Run:
         for c in reversed(self._stack):
             c.__exit__(*exc)
 
-    def matmat(self, X: Tensor) -> Tensor:
-        """A X for a block (n, m)."""
-        self.num_matvecs += X.shape[1]
+    @property
+    def matmat(self) -> Products:
+        """X ↦ A X for blocks (n, m)."""
+        return Products(self, self._first_or_next, "the product")
+
+    def _first_or_next(self, X: Tensor) -> Tensor:
         if not self._fresh:
-            Y = self.bound._matmat(X)
-        else:
-            self._fresh = False
-            if self._grad_mode:
-                Y, self.bound = self.A.capture(X)
-            else:
-                Y = self.A._matmat(X)
-            refuse_transforms(Y, "the product")
-        return Y.clone() if Y is X else Y  # the identity must not hand out its operand: callers write into Y
+            return self.bound._matmat(X)
+        self._fresh = False
+        if self._grad_mode:
+            Y, self.bound = self.A.capture(X)
+            return Y
+        return self.A._matmat(X)
 
-    def adjoint(self, width: int) -> Callable[[Tensor], Tensor]:
-        """Aᴴ X for many blocks of one width, inside or outside of the block (backward)."""
-        inner = self.bound.adjoint_product(width)
-
-        def product(X: Tensor) -> Tensor:
-            self.num_matvecs += X.shape[1]
-            Y = inner(X)
-            if self._fresh:
-                refuse_transforms(Y, "the adjoint product")
-            return Y.clone() if Y is X else Y
-
-        return product
+    def adjoint(self, width: int) -> Products:
+        """X ↦ Aᴴ X for many blocks of one width, inside or outside of the block (backward)."""
+        return Products(self, self.bound.adjoint_product(width), "the adjoint product")
 
     def wants_gradient(self) -> bool:
         """Whether any input or tensor requires grad: if not, nothing is kept and nothing extra is computed."""
@@ -191,6 +182,36 @@ class Run:
                 tensors = tuple(op._matmat(_as_columns(Q)) for op, Q in zip(operators, blocks, strict=True))
         plan.versions = [(t, version(t)) for t in (*self.inputs, *tensors, *blocks)]
         return _Attach.apply(plan, *self.inputs, *tensors)
+
+
+class Products:
+    """The products of a run with its operator, or with the adjoint: counted, and looked at while they are the first."""
+
+    def __init__(self, run: Run, inner: Callable[[Tensor], Tensor], name: str) -> None:
+        self._run, self._inner, self._name = run, inner, name
+
+    def __call__(self, X: Tensor) -> Tensor:
+        run, first = self._run, self._run._fresh
+        run.num_matvecs += X.shape[1]
+        Y = self._inner(X)
+        if first:
+            refuse_transforms(Y, self._name)
+        return Y.clone() if Y is X else Y  # the identity must not hand out its operand: callers write into Y
+
+    def lanczos_loop(self) -> Callable[..., Any] | None:
+        """Compiled Lanczos steps of a Hermitian operator that has them, counted; None for all others."""
+        run = self._run
+        loop = run.bound.lanczos_loop() if run.bound.hermitian else None
+        if loop is None:
+            return None
+        run._fresh = False  # a leaf closes over nothing that a first product would have to find
+
+        def counted(*arguments: Any) -> Any:
+            steps = loop(*arguments)
+            run.num_matvecs += len(steps.alpha)
+            return steps
+
+        return counted
 
 
 class _Attach(torch.autograd.Function):

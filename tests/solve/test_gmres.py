@@ -112,7 +112,8 @@ def test_singular_systems():
     outside = b + Q[:, 0]
     x, info = solve(A, outside, method=GMRES(restart=20), return_info=True, on_failure="ignore")
     assert info.status is Status.STAGNATED and bool(torch.isfinite(x).all())
-    assert 0.999999 < float((M @ x - outside).norm()) < 1.01  # 1 is the least there is
+    assert 0.99 < float((M @ x - outside).norm()) < 1.01  # 1 is the least there is, up to the rounding of M
+    assert float(x.norm()) < 1e12
     zero, info = solve(torch.zeros(4, 4, dtype=torch.float64), normal(4), method=GMRES(), return_info=True,
                        on_failure="ignore")  # fmt: skip
     assert info.status is Status.STAGNATED and not bool(zero.any())

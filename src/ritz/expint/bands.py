@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from ..numerics import in_transform, version
 from ..operators import LinearOperator, Sparse
 from ..operators.base import Gradients
 from ..pairing import product
+from .compiled import compiled_form
 from .grid import Grid
 
 Region = tuple[slice, ...]
@@ -71,16 +72,8 @@ def axis_keys(grid: Grid) -> list[Key]:
     return keys
 
 
-class _Band(NamedTuple):
-    """Entries of one link as rows meet them: ``lower[i]`` multiplies x[i − offset], ``upper[i]`` x[i + offset]."""
-
-    offset: int
-    lower: Tensor
-    upper: Tensor
-
-
 class _Scratch(NamedTuple):
-    """A vector between two runs of zeros, and its shifts, one after another for lower and upper of every band."""
+    """A vector between two runs of zeros, and its shifts, one for every term."""
 
     vector: Tensor
     shifted: list[Tensor]
@@ -89,33 +82,47 @@ class _Scratch(NamedTuple):
 class _Kernel:
     """The entries as a product reads them: flattened, real.
 
-    Complex vectors are read as real ones of twice the length, for which every entry stands there ``twice``: half the
-    multiplications of complex entries.
+    Row i has ``diagonal[i]`` and, for every term (start, offset), ``memory[start + i]`` at column i + offset. A matrix
+    that is symmetric has one stretch of memory for both sides. Complex vectors are read as real ones of twice the
+    length, for which every entry stands there ``twice``: half the multiplications of complex entries.
     """
 
     def __init__(
-        self, diagonal: Tensor, bands: list[_Band], border: tuple[Tensor, Tensor, Tensor] | None, twice: bool
+        self,
+        diagonal: Tensor,
+        memory: Tensor,
+        terms: list[tuple[int, int]],
+        border: tuple[Tensor, Tensor, Tensor] | None,
+        twice: bool,
     ) -> None:
         if twice:
-            diagonal = diagonal.repeat_interleave(2)
-            bands = [_Band(2 * o, low.repeat_interleave(2), up.repeat_interleave(2)) for o, low, up in bands]
-        self.diagonal, self.bands = diagonal, bands
+            diagonal, memory = diagonal.repeat_interleave(2), memory.repeat_interleave(2)
+            terms = [(2 * start, 2 * offset) for start, offset in terms]
+            if border is not None:
+                rows, columns, values = border
+                both = [torch.cat([2 * index, 2 * index + 1]) for index in (rows, columns)]
+                border = both[0], both[1], values.repeat(2)
+        self.diagonal, self.memory, self.terms = diagonal, memory, terms
         self.border = border  # rows, columns, values of the entries across periodic borders
-        self._coefficients = [c for band in bands for c in (band.lower, band.upper)]
+        self._coefficients = [memory[start : start + len(diagonal)] for start, _ in terms]
         self._free: list[_Scratch] = []
+        self._compiled = compiled_form(self)
 
     def apply(self, X: Tensor) -> Tensor:
         """Product with (n, k); works on rows, where neighbours in memory are neighbours on the grid."""
         single = X.shape[1] == 1 and X.device.type == "cpu"
-        x = X.squeeze(1) if single else X.mT.contiguous()
+        x = X.mT.contiguous()
         real = torch.view_as_real(x.resolve_conj()).flatten(-2) if x.is_complex() else x
-        out = self._vector(real) if single else self._rows(real)
+        if self._compiled is not None:
+            out = self._compiled.product(real)
+        else:
+            out = self._vector(real[0]).unsqueeze(0) if single else self._rows(real)
+            if self.border is not None:
+                rows, columns, values = self.border
+                out.index_add_(-1, rows, real.index_select(-1, columns).mul_(values))
         if x.is_complex():
             out = torch.view_as_complex(out.unflatten(-1, (-1, 2)))
-        if self.border is not None:
-            rows, columns, values = self.border
-            out.index_add_(-1, rows, x.index_select(-1, columns).mul_(values))
-        return out.unsqueeze(1) if single else out.mT
+        return out.mT
 
     def _vector(self, x: Tensor) -> Tensor:
         # A view of an operand costs half as much as a multiply–add of 16 000 entries, so that the operand is copied to
@@ -132,19 +139,22 @@ class _Kernel:
         return out
 
     def _make_scratch(self) -> _Scratch:
-        n, reach = self.diagonal.shape[0], max((band.offset for band in self.bands), default=0)
+        n, reach = self.diagonal.shape[0], max((abs(offset) for _, offset in self.terms), default=0)
         with torch.inference_mode(False):
             memory = torch.zeros(n + 2 * reach, dtype=self.diagonal.dtype)
-            starts = [start for band in self.bands for start in (reach - band.offset, reach + band.offset)]
+            starts = [reach + offset for _, offset in self.terms]
             return _Scratch(memory[reach : reach + n], [memory[start : start + n] for start in starts])
 
     def _rows(self, x: Tensor) -> Tensor:
-        out = self.diagonal * x
-        n = x.shape[1]
-        for offset, lower, upper in self.bands:
-            out[:, offset:].addcmul_(lower[offset:], x[:, : n - offset])
-            out[:, : n - offset].addcmul_(upper[: n - offset], x[:, offset:])
+        out, n = self.diagonal * x, x.shape[1]
+        for coefficient, (_, offset) in zip(self._coefficients, self.terms):
+            low, high = max(0, -offset), min(n, n - offset)
+            out[:, low:high].addcmul_(coefficient[low:high], x[:, low + offset : high + offset])
         return out
+
+    def lanczos_loop(self) -> Any:
+        """See :meth:`ritz.operators.LinearOperator.lanczos_loop`."""
+        return None if self._compiled is None else self._compiled.lanczos
 
 
 class StencilOperator(LinearOperator):
@@ -200,6 +210,9 @@ class StencilOperator(LinearOperator):
     def _numeric(self, X: Tensor) -> Tensor:
         return self._kernel().apply(X)
 
+    def lanczos_loop(self) -> Any:
+        return self._kernel().lanczos_loop() if self.hermitian else None
+
     def _now(self) -> tuple[int, ...]:
         return tuple([version(t) for t in self._tensors])
 
@@ -218,8 +231,9 @@ class StencilOperator(LinearOperator):
         diagonal, upper, lower = self._entries(*(t.detach() for t in self._tensors))
         if adjoint:
             upper, lower = lower, upper
-        bands, rows, columns, values = [], [], [], []
-        index = self._index()
+        terms, rows, columns, values = [], [], [], []
+        stretches: list[Tensor] = []
+        index, n, end = self._index(), self.grid.size, 0
         for link, up, low in zip(self._links, upper, lower, strict=True):
             if not up.numel():
                 continue
@@ -229,11 +243,18 @@ class StencilOperator(LinearOperator):
                 columns += [head, tail]
                 values += [up.reshape(-1), low.reshape(-1)]
             else:
-                flat = self._flat(low, link)
-                both = flat if low is up else self._flat(up, link)
-                bands.append(_Band(link.offset, flat[: self.grid.size], both[link.offset :]))
-        border = (torch.cat(rows), torch.cat(columns), torch.cat(values).to(self.dtype)) if rows else None
-        return _Kernel(diagonal.reshape(-1), bands, border, self.dtype.is_complex)
+                # Values by tails lie behind as many zeros as the offset: a shift by it makes them values by heads.
+                stretches.append(self._flat(low, link))
+                terms.append((end, -link.offset))
+                if low is not up:
+                    end += link.offset + n
+                    stretches.append(self._flat(up, link))
+                terms.append((end + link.offset, link.offset))
+                end += link.offset + n
+        diagonal = diagonal.reshape(-1)
+        border = (torch.cat(rows), torch.cat(columns), torch.cat(values).to(diagonal.dtype)) if rows else None
+        memory = torch.cat(stretches) if stretches else diagonal[:0]
+        return _Kernel(diagonal, memory, terms, border, self.dtype.is_complex)
 
     def _flat(self, values: Tensor, link: Link) -> Tensor:
         """Values by their tails, after as many zeros as the offset: a shift by it makes them values by their heads."""

@@ -121,8 +121,13 @@ def _run_one(
     else:
         w, norm, length = one.as_real(state.residual[0]), state.norm, state.beta[0, -1].item()
         largest = (state.alpha.abs() + state.beta).max().item()
-    product, rows = one.on_real(matmat, V.dtype), one.as_real(Q[0])
-    w, a, b = one.lanczos_steps(product, rows, first, w, length, largest, reorthogonalize=reorthogonalize)
+    rows = one.as_real(Q[0])
+    loop = None if reorthogonalize or not hasattr(matmat, "lanczos_loop") else matmat.lanczos_loop()
+    if loop is not None:
+        w, a, b = loop(rows, first, w, length, largest, one.negligible(V.dtype))
+    else:
+        product = one.on_real(matmat, V.dtype)
+        w, a, b = one.lanczos_steps(product, rows, first, w, length, largest, reorthogonalize=reorthogonalize)
     depth = len(a)
     missing = k - first - depth
     if state is not None:

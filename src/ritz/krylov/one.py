@@ -26,6 +26,11 @@ class Steps(NamedTuple):
     beta: list[float]
 
 
+def negligible(dtype: torch.dtype) -> float:
+    """Relative to ‖A‖: a residual that counts as zero."""
+    return BREAKDOWN * torch.finfo(dtype).eps
+
+
 def fits(V: Tensor, reorthogonalize: bool) -> bool:
     """Whether V is what this loop is for."""
     known = V.dtype in (torch.float32, torch.float64) or V.is_complex() and not reorthogonalize
@@ -52,7 +57,7 @@ def lanczos_steps(
     matmat: Product, Q: Tensor, first: int, w: Tensor, length: float, largest: float, *, reorthogonalize: bool
 ) -> Steps:
     """Fill Q (k, n) from row ``first`` on; ``w`` is the residual before, of norm ``length``, and ‖A‖ ≥ ``largest``."""
-    rows, tol = Q.unbind(0), BREAKDOWN * torch.finfo(Q.dtype).eps
+    rows, tol = Q.unbind(0), negligible(Q.dtype)
     alpha: list[float] = []
     beta: list[float] = []
     for j in range(first, Q.shape[0]):
@@ -86,7 +91,7 @@ def arnoldi_steps(
 
     Returns the last residual, the number of steps, and the residual's norm, zero where the iteration broke down.
     """
-    rows, tol, k = Q.unbind(0), BREAKDOWN * torch.finfo(Q.dtype).eps, Q.shape[0]
+    rows, tol, k = Q.unbind(0), negligible(Q.dtype), Q.shape[0]
     j = first
     while j < k and length > 0:
         q, basis = rows[j], Q[: j + 1]

@@ -127,6 +127,15 @@ class LinearOperator(ABC):
         """Adjoint product for many blocks of one width; a callable records its forward product only once."""
         return self._rmatmat
 
+    def lanczos_loop(self) -> Any:
+        """Compiled steps of the Lanczos recurrence of one real vector on the CPU, or None (the rule).
+
+        Called as ``loop(Q, first, w, length, largest, tol)`` with the meaning of
+        :func:`ritz.krylov.one.lanczos_steps`, complex vectors as real ones of twice the length. Only operators without
+        children have one.
+        """
+        return None
+
     def detected(self, tensors: tuple[Tensor, ...], holds: Callable[[], bool]) -> None:
         """Remember that a flag was read off ``tensors`` and not declared; ``holds`` reads it again.
 

@@ -198,11 +198,13 @@ class _Cycle:
         tol = ROUNDING * torch.finfo(self._V.dtype).eps * self._scale[i]
         best, least = np.zeros(self.steps, dtype=self._upper.dtype), np.inf
         for d in range(self.steps, 0, -1):
+            if self._history[i, d - 1] >= least:  # it only grows as vectors are left out
+                break
             y = np.linalg.solve(self._upper[i, :d, :d], self._right[i, :d])
             rounding = tol * np.linalg.norm(y)
             if self._history[i, d - 1] + rounding < least:
                 best[:], least = 0.0, self._history[i, d - 1] + rounding
                 best[:d] = y
-            if rounding <= 0.1 * self._history[i, d - 1] or rounding <= tol:
+            if rounding <= 1e-3 * self._history[i, d - 1] or rounding <= tol:
                 break
         return best

@@ -1,0 +1,73 @@
+"""The compiled form of a product by diagonals, where numba is installed and the vectors are long enough for it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..krylov.one import Steps
+from ..krylov.progress import not_finite
+
+# Real numbers in a vector below which no compiler is loaded: at this length a step of Lanczos saves some 50 µs, and
+# numba takes about half a second to import.
+SMALL = 2**13
+
+
+class Bands(Protocol):
+    """A matrix as :mod:`~ritz.expint.bands` keeps it."""
+
+    diagonal: Tensor
+    memory: Tensor
+    terms: list[tuple[int, int]]
+    border: tuple[Tensor, Tensor, Tensor] | None
+
+
+def compiled_form(bands: Bands) -> Compiled | None:
+    """The compiled form, or None where torch operations serve: on other devices, for short vectors, without numba."""
+    d = bands.diagonal
+    known = d.device.type == "cpu" and d.dtype in (torch.float32, torch.float64)
+    if not known or len(d) < SMALL:
+        return None
+    if "numba" not in sys.modules and importlib.util.find_spec("numba") is None:  # the search takes 100 µs
+        return None
+    return Compiled(bands)
+
+
+class Compiled:
+    """Products and Lanczos steps of real vectors, contiguous and on the CPU, without a graph."""
+
+    def __init__(self, bands: Bands) -> None:
+        from . import bands_code  # here, so that importing ritz does not import numba
+
+        self._code, d = bands_code, bands.diagonal
+        none = torch.zeros(0, dtype=torch.int64)
+        rows, columns, values = bands.border or (none, none, d[:0])
+        starts, offsets = (np.array([term[i] for term in bands.terms], dtype=np.int64) for i in (0, 1))
+        self._matrix: tuple[Any, ...] = (
+            *(x.detach().contiguous().numpy() for x in (d, bands.memory)),
+            starts,
+            offsets,
+            *(x.detach().contiguous().numpy() for x in (rows, columns, values)),
+        )
+
+    def product(self, X: Tensor) -> Tensor:
+        """A x for every row of X (k, n)."""
+        x = X.detach().resolve_neg().contiguous()
+        out = torch.empty_like(x)
+        y = x.numpy()
+        self._code.product(y.dtype)(*self._matrix, y, out.numpy())
+        return out
+
+    def lanczos(self, Q: Tensor, first: int, w: Tensor, length: float, largest: float, tol: float) -> Steps:
+        """:func:`ritz.krylov.one.lanczos_steps` without orthogonalisation; sums are made in double precision."""
+        rows, w = Q.numpy(), w.clone()
+        alpha, beta = np.empty(len(Q) - first), np.empty(len(Q) - first)
+        made = self._code.lanczos(rows.dtype)(*self._matrix, rows, first, w.numpy(), length, largest, tol, alpha, beta)
+        if made < 0:
+            raise not_finite(-made)
+        return Steps(w, alpha[:made].tolist(), beta[:made].tolist())
