@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
@@ -298,6 +299,11 @@ class _Leg:
     reached: int = 0  # times that are behind after the leg
     end: float = 0.0
 
+    @cached_property
+    def last(self) -> Exp:
+        """The exponential at the last time."""
+        return Exp(self.numbers()[-1])
+
     def numbers(self) -> list[complex | float]:
         """The times that are left, from here."""
         return [self.ray.direction * (r - self.here) for r in self.ray.moduli[self.done :]]
@@ -310,7 +316,8 @@ class _Leg:
         self.reached = last if step == rest else sum(r <= self.here + step for r in self.ray.moduli)
         self.end = total if step == rest else self.here + step
         inside = range(self.done, self.reached)
-        functions = [Exp(s) for s in self.numbers()[: len(inside)]]
+        # The last one is what the space was grown for, and knows already.
+        functions = [self.last if s == self.last.scale else Exp(s) for s in self.numbers()[: len(inside)]]
         with torch.set_grad_enabled(self.recording):  # the numerics around this run without a graph
             times = [self.grid[self.ray.index[p]] - d * self.here for p in inside]
             if step != rest:
@@ -345,7 +352,7 @@ def _walk(
         leg = _Leg(grid, ray, done, here, rtol, torch.is_grad_enabled())
         share = replace(method, rtol=max(rtol * (total - here) / total, 1e-15))
         outs, info = multiply(
-            [Exp(leg.numbers()[-1])],
+            [leg.last],
             A,
             block,
             None,

@@ -107,18 +107,21 @@ class GeneralSpace:
 
     state: ArnoldiState
     H: Tensor  # (m, k, k), double precision
+    _known: dict[int, tuple[ScalarFunction, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def basis(self) -> Tensor:
         return self.state.Q
 
     def small(self, f: ScalarFunction) -> Tensor:
-        """‖v‖ f(H) e₁, (m, k)."""
-        return self.state.norm.to(self.H.dtype).unsqueeze(1) * f.matrix(self.H)[:, :, 0]
+        """‖v‖ f(H) e₁, (m, k); kept, as by :class:`HermitianSpace`."""
+        if id(f) not in self._known:
+            self._known[id(f)] = f, self.recorded(f)
+        return self._known[id(f)][1]
 
     def recorded(self, f: ScalarFunction) -> Tensor:
-        """The same."""
-        return self.small(f)
+        """The same, made anew."""
+        return self.state.norm.to(self.H.dtype).unsqueeze(1) * f.matrix(self.H)[:, :, 0]
 
     def check_domain(self, functions: Sequence[ScalarFunction]) -> None:
         """Raise DomainError where f(H) overflows; the dense functions themselves look after their domains."""
