@@ -111,6 +111,11 @@ class Run:
             c.__exit__(*exc)
 
     @property
+    def records(self) -> bool:
+        """Whether gradients could be wanted: grad mode was on when the run was made."""
+        return self._grad_mode
+
+    @property
     def matmat(self) -> Products:
         """X ↦ A X for blocks (n, m)."""
         return Products(self, self._first_or_next, "the product")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 
@@ -9,6 +11,8 @@ import pytest
 import torch
 from tests.expint.test_stencils import GRIDS, Draw
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import ritz
 from ritz.errors import NonFiniteError
@@ -114,6 +118,58 @@ def test_changed_coefficients_and_copies_of_vectors() -> None:
     c.mul_(2.0)
     again = wave_multiply(S, u, None, 0.5, method=method)[0]  # twice as fast for half as long
     torch.testing.assert_close(first, again, rtol=1e-10, atol=1e-10)
+
+
+def test_copies_and_files_of_operators() -> None:
+    grid = Grid((9, 8), border="neumann", spacing=1.0)
+    A, x = Diffusion(Draw(grid).positive(), grid), torch.arange(72, dtype=D)
+    y = A @ x
+    for B in (copy.deepcopy(A), pickle.loads(pickle.dumps(A))):
+        assert torch.equal(B @ x, y)
+
+
+def test_products_of_a_subclass_are_not_passed_over() -> None:
+    grid = Grid((9, 8), border="neumann", spacing=1.0)
+    mask = (torch.arange(72) % 3 > 0).to(D).unsqueeze(1)
+
+    class Masked(Diffusion):
+        def _matmat(self, X: Tensor) -> Tensor:
+            return super()._matmat(X * mask) * mask
+
+    A, x = Masked(Draw(grid).positive(), grid), torch.arange(72, dtype=D)
+    exact = torch.linalg.matrix_exp(A.to_dense()) @ x
+    y = ritz.expm_multiply(A, x, 1.0, method=ritz.Lanczos(60, reorthogonalize=False))
+    torch.testing.assert_close(y, exact, rtol=1e-9, atol=1e-9)
+
+
+def test_who_watches_torch_sees_torch() -> None:
+    """A tracer would take what is computed behind its back for a constant."""
+    grid = Grid((9, 8), border="neumann", spacing=1.0)
+    A, x = Diffusion(Draw(grid).positive(), grid), torch.arange(72, dtype=D)
+    A @ x
+    traced = make_fx(lambda x: A @ x)(x)
+    torch.testing.assert_close(traced(2 * x), A @ (2 * x))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert (A @ mode.from_tensor(x)).shape == x.shape
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_large_blocks_go_to_several_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "LARGE", 100)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    grid = Grid((9, 8), border="neumann", spacing=1.0)
+    kernel = Diffusion(Draw(grid).positive(), grid)._kernel()
+    assert kernel._compiled.serves(torch.ones(1, 72)) and kernel._compiled.serves(torch.ones(2, 72)) == (threads == 1)
+
+
+def test_a_numba_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "ritz.expint.bands_code", raising=False)
+    monkeypatch.delattr("ritz.expint.bands_code", raising=False)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    grid = Grid((9, 8), border="neumann", spacing=1.0)
+    A = Diffusion(Draw(grid).positive(), grid)
+    torch.testing.assert_close(A @ torch.ones(72, dtype=D), torch.zeros(72, dtype=D), rtol=0, atol=1e-13)
+    assert A._kernel()._compiled is None
 
 
 def test_numba_is_imported_for_long_vectors_only() -> None:

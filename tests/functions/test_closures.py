@@ -85,8 +85,48 @@ def test_methods_that_would_leave_it_out_refuse(method: Any) -> None:
         torch.testing.assert_close(y, U @ (torch.exp(-t * w).unsqueeze(1) * (U.mT @ V)), rtol=1e-7, atol=1e-7)
 
 
-def test_a_second_derivative_is_refused_by_name() -> None:
+def test_second_derivatives_are_refused_by_name() -> None:
+    """Those that mix f with A or the vectors too; a first one may keep its graph."""
     s, t = leaves()
-    y = ritz.funm_multiply(fractional(s, t), L, V)
-    with pytest.raises(SecondDerivativeError, match="what f closes over"):
-        torch.autograd.grad(y.sum(), s, create_graph=True)
+    M, v = L.to_dense().requires_grad_(), V.clone().requires_grad_()
+    A, f = ritz.aslinearoperator(M, hermitian=True), fractional(s, t)
+    for y in (ritz.funm_multiply(f, A, v).square().sum(), ritz.quadratic_form(f, A, v).sum()):
+        first = torch.autograd.grad(y, [s, M, v], create_graph=True)
+        exact = torch.autograd.grad(y, [s, M, v], retain_graph=True)
+        for a, b in zip(first, exact, strict=True):
+            torch.testing.assert_close(a, b)
+        for x, other in ((first[0], M), (first[0], s), (first[1], s), (first[2], t)):
+            with pytest.raises(SecondDerivativeError, match="differentiated twice"):
+                torch.autograd.grad(x.sum() + s**2, other, retain_graph=True, allow_unused=True)
+
+
+def test_inside_of_torch_func() -> None:
+    s, t = (x.detach() for x in leaves())
+    got = torch.func.grad(lambda s: (ritz.funm_multiply(fractional(s, t), L, V) * Z).sum())(s)
+    exact = torch.func.grad(lambda s: (U @ (fractional(s, t)(w).unsqueeze(1) * (U.mT @ V)) * Z).sum())(s)
+    torch.testing.assert_close(got, exact, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("shifts", [None, torch.ones(1, dtype=D)], ids=["no shifts", "shifts"])
+def test_an_f_that_changes_before_backward_is_noticed(shifts: Tensor | None) -> None:
+    s, t = leaves()
+    M, f = L.to_dense().requires_grad_(), fractional(s, t)
+    A = ritz.aslinearoperator(M, hermitian=True)
+    for y in (ritz.quadratic_form(f, A, V, shifts=shifts).sum(), ritz.funm_multiply(f, A, V).sum()):
+        with torch.no_grad():
+            s.mul_(1.1)
+        with pytest.raises(RuntimeError, match="f has changed between the forward pass and backward"):
+            torch.autograd.grad(y, M)
+
+
+def test_functions_of_ones_own() -> None:
+    class Scaled(ritz.functions.ScalarFunction):
+        def __init__(self, s: Tensor) -> None:
+            object.__setattr__(self, "s", s)
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return torch.exp(-self.s * x / 100)
+
+    s, _ = leaves()
+    exact = U @ (torch.exp(-s * w / 100).unsqueeze(1) * (U.mT @ V))
+    compare((ritz.funm_multiply(Scaled(s), L, V) * Z).sum(), (exact * Z).sum(), [s], 1e-8)

@@ -113,7 +113,7 @@ class _Kernel:
         single = X.shape[1] == 1 and X.device.type == "cpu"
         x = X.mT.contiguous()
         real = torch.view_as_real(x.resolve_conj()).flatten(-2) if x.is_complex() else x
-        if self._compiled is not None:
+        if self._compiled is not None and self._compiled.serves(real):
             out = self._compiled.product(real)
         else:
             out = self._vector(real[0]).unsqueeze(0) if single else self._rows(real)
@@ -154,7 +154,8 @@ class _Kernel:
 
     def lanczos_loop(self) -> Any:
         """See :meth:`ritz.operators.LinearOperator.lanczos_loop`."""
-        return None if self._compiled is None else self._compiled.lanczos
+        known = self._compiled is not None and self._compiled.serves(self.diagonal)
+        return self._compiled.lanczos if known and self._compiled is not None else None
 
 
 class StencilOperator(LinearOperator):
@@ -211,7 +212,9 @@ class StencilOperator(LinearOperator):
         return self._kernel().apply(X)
 
     def lanczos_loop(self) -> Any:
-        return self._kernel().lanczos_loop() if self.hermitian else None
+        # Not past a subclass that has a product of its own.
+        own = (type(self)._matmat, type(self)._numeric) == (StencilOperator._matmat, StencilOperator._numeric)
+        return self._kernel().lanczos_loop() if self.hermitian and own else None
 
     def _now(self) -> tuple[int, ...]:
         return tuple([version(t) for t in self._tensors])

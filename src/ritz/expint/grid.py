@@ -77,7 +77,8 @@ class Grid:
             if not all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(given, lengths)):
                 raise OperandError(
                     f"a grid of shape {shape} got lengths={self.lengths!r} and spacing={self.spacing!r}, which would "
-                    f"make lengths of {lengths}; expected one of the two"
+                    f"make lengths of {lengths}; expected one of the two (of a grid by dataclasses.replace, None for "
+                    "the other one)"
                 )
         for name, value in (("shape", shape), ("border", border), ("lengths", lengths), ("spacing", spacing)):
             object.__setattr__(self, name, value)

@@ -62,7 +62,8 @@ class System(Products):
         self.y0, self.unravel = ravel(y0)
         super().__init__(self.y0, settings)
         self.func, self.linear, self.jacobian = func, linear, jacobian
-        self._tree, self._shapes = y0, [tuple(x.shape) for x in _leaves(y0, y0)]
+        self._tree = self.unravel(self.y0.detach())  # of the structure of y0, which its owner may change
+        self._shapes = [tuple(x.shape) for x in _leaves(y0, y0)]
         self.real = self.dtype.to_real() if self.dtype.is_complex else self.dtype
         self.span, self._looked = span, False
         self._formed: LinearOperator | None = None

@@ -96,15 +96,17 @@ def _in_pieces(
     while found[1].status is Status.MAX_STEPS and pieces < MOST:
         pieces, lost = 2 * pieces, lost + found[1].num_matvecs
         share = replace(method, rtol=max(method.tolerance(U.dtype) / pieces, 1e-15))
+        back = gradient
         if gradient.method is None:  # a cotangent's space may be deeper than the one that chose the pieces
-            gradient = replace(gradient, method=replace(share, max_matvecs=int(BACKWARD * method.max_matvecs) + 8))
-        found = _one(A, U, W, t / pieces, share, gradient, on_failure)
+            back = replace(gradient, method=replace(share, max_matvecs=int(BACKWARD * method.max_matvecs) + 8))
+        found = _one(A, U, W, t / pieces, share, back, on_failure)
     if pieces == 1 or not found[1].status.success:
+        whole[1].num_matvecs += lost
         report(whole[1], what="the wave", target=method.tolerance(U.dtype), on_failure=on_failure)
         return whole
     values, infos = found[0], [found[1]]
     while len(infos) < pieces:
-        values, info = _one(A, values[0], values[1], t / pieces, share, gradient, on_failure)
+        values, info = _one(A, values[0], values[1], t / pieces, share, back, on_failure)
         infos.append(info)
     joined = Joined(infos)
     joined.num_matvecs += lost

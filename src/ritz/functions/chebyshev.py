@@ -91,7 +91,7 @@ def chebyshev_multiply(
     if A.hermitian is False:
         raise OperandError(f"Chebyshev(...) came with {A!r}; expected a Hermitian operator (Arnoldi() serves others)")
     check_finite(V, "B")
-    refuse_closures(functions, repr(method))
+    refuse_closures(functions, A.device, method)
     A = A if A.hermitian else A.declare(hermitian=True)
     method, spent = _bounded(A, method)
     parts = _parts(functions, method, V)

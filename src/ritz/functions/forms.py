@@ -7,7 +7,6 @@ log-determinants, curves over shifts, and the two terms of a Gaussian process' l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +17,11 @@ from ..methods import Adjoint, Arnoldi, Auto, Frechet, GradientRule, KrylovMetho
 from ..numerics import as_block, check_finite
 from ..operators.base import LinearOperator
 from ..operators.convert import aslinearoperator
-from ..pairing import Cotangents, Pair, Run
+from ..pairing import Cotangents, Pair, Rule, Run
 from ..result import Info, OnFailure, Status, report
 from . import frechet
 from .adjoint import forms_by_adjoint
-from .closures import with_closure
+from .closures import bind, no_rule
 from .composed import Part
 from .multiply import funm_multiply
 from .scalar import ScalarFunction, as_function
@@ -154,18 +153,19 @@ def shared_forms(
         info = info_of(chosen, space, error, status, run.num_matvecs)
         report(info, what="forms of f(A)", target=chosen.tolerance(V.dtype), on_failure=on_failure)
         check_psd(A, space, info, on_failure)
-        rule: Callable[..., Cotangents] | None = None
-        blocks: list[Tensor] = []
+        plain = None if run.wants_gradient() else no_rule(run)
+        extend = bind(run, [t.f for t in terms], lambda i: form_values(terms[i], space.ritz, weights), space.ritz)
         if not run.wants_gradient():
-            pass
+            return values, info
+        rule: Rule
+        blocks: list[Tensor]
+        if plain is not None:
+            rule, blocks = plain, []
         elif isinstance(gradient, Adjoint):
             rule, blocks = forms_by_adjoint(run, space, terms, chosen, info)
         else:
             rule, blocks = _frechet_rule(space, terms, gradient.tolerance(V.dtype, smallest(error)), info)
-    if rule is not None:
-        values = list(run.attach(values, rule, blocks, name="a form of f(A)"))
-    copies = [partial(form_values, t, space.ritz, weights) for t in terms]
-    return [with_closure(y, t.f, copy) for y, t, copy in zip(values, terms, copies)], info
+    return list(run.attach(values, extend(rule), blocks, name="a form of f(A)")), info
 
 
 def _complex_forms(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,15 +13,16 @@ from ..methods import Adjoint, Arnoldi, Auto, Frechet, GradientRule, KrylovMetho
 from ..numerics import as_block, check_finite
 from ..operators.base import LinearOperator
 from ..operators.convert import aslinearoperator
-from ..pairing import Cotangents, Pair, Run
+from ..pairing import Cotangents, Pair, Rule, Run
 from ..result import Info, OnFailure, Status, report
 from . import frechet
 from .adjoint import multiply_by_adjoint
 from .chebyshev import Chebyshev, chebyshev_multiply
-from .closures import with_closure
+from .closures import bind, no_rule
 from .scalar import ScalarFunction, as_function
 from .space import (
     FIRST,
+    HermitianSpace,
     Space,
     as_hermitian,
     build,
@@ -125,10 +125,15 @@ def multiply(
         info = info_of(chosen, space, error, status, run.num_matvecs)
         report(info, what="f(A)v", target=chosen.tolerance(V.dtype), on_failure="ignore" if quiet else on_failure)
         check_psd(A, space, info, on_failure)
-        rule: Callable[..., Cotangents] | None = None
-        blocks: list[Tensor] = []
+        points = space.ritz if isinstance(space, HermitianSpace) else None
+        plain = None if run.wants_gradient() else no_rule(run)
+        extend = bind(run, functions, lambda i: _value(space, functions[i], V, recorded=True), points)
         if not run.wants_gradient():
-            pass
+            return values, info
+        rule: Rule
+        blocks: list[Tensor]
+        if plain is not None:
+            rule, blocks = plain, []
         elif isinstance(gradient, Adjoint):
             rule, blocks = multiply_by_adjoint(run, space, functions, times, info)
         else:
@@ -136,10 +141,7 @@ def multiply(
             rule, blocks = _frechet_rule(
                 run, V.detach() if again else space, functions, times, chosen, gradient, info, on_failure, again
             )
-    if rule is not None:
-        values = list(run.attach(values, rule, blocks, name="f(A)v"))
-    # Of the space, which must not hold V's graph, and with values made anew: those kept in it are without a graph.
-    return [with_closure(y, f, partial(_value, space, f, V, recorded=True)) for y, f in zip(values, functions)], info
+    return list(run.attach(values, extend(rule), blocks, name="f(A)v")), info
 
 
 def _value(space: Space, f: ScalarFunction, V: Tensor, recorded: bool = False) -> Tensor:

@@ -40,7 +40,7 @@ def two_pass_multiply(
     """
     assert isinstance(gradient, Frechet)  # check_rule has seen to it
     A = as_hermitian(A, method)
-    refuse_closures(functions, repr(method))
+    refuse_closures(functions, A.device, method)
     with Run(A, V) as run:
         space, error, status = build(run.matmat, V.detach(), method, functions, run=run_without_basis, psd=A.psd)
         run.inputs = (V,) if times is None else (V, times)
