@@ -149,8 +149,18 @@ def test_who_watches_torch_sees_torch() -> None:
     A @ x
     traced = make_fx(lambda x: A @ x)(x)
     torch.testing.assert_close(traced(2 * x), A @ (2 * x))
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        assert (A @ mode.from_tensor(x)).shape == x.shape
+    fresh = Diffusion(Draw(grid).positive(), grid)
+    for B in (A, fresh):  # what is made under a mode is not kept
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert (B @ mode.from_tensor(x)).shape == x.shape
+        torch.testing.assert_close(B @ x, A @ x)
+
+
+def test_nothing_of_a_transform_is_kept() -> None:
+    grid = Grid((9, 8), border="neumann", spacing=1.0)
+    A, x = Diffusion(Draw(grid).positive(), grid), torch.arange(72, dtype=D)
+    torch.func.grad(lambda x: (A @ x).square().sum())(x)
+    assert all(torch._C._functorch.maybe_get_level(index) == -1 for index in A._pattern())
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..numerics import in_transform, version
+from ..numerics import in_transform, unwrap, version
 from ..operators import LinearOperator, Sparse
 from ..operators.base import Gradients
 from ..pairing import product
-from .compiled import compiled_form
+from .compiled import compiled_form, is_plain
 from .grid import Grid
 
 Region = tuple[slice, ...]
@@ -226,7 +226,9 @@ class StencilOperator(LinearOperator):
             self._cached, self._versions = {}, now
         kernel = self._cached.get(adjoint)
         if kernel is None:
-            kernel = self._cached[adjoint] = self._make_kernel(adjoint)
+            kernel = self._make_kernel(adjoint)
+            if is_plain(kernel.diagonal):
+                self._cached[adjoint] = kernel
         return kernel
 
     @torch.no_grad()
@@ -278,7 +280,10 @@ class StencilOperator(LinearOperator):
             tails = [index[link.tail].reshape(-1) for link in self._links]
             heads = [index[link.head].reshape(-1) for link in self._links]
             diagonal = [index.reshape(-1)]
-            self._cached_pattern = torch.cat(diagonal + tails + heads), torch.cat(diagonal + heads + tails)
+            pattern = unwrap(torch.cat(diagonal + tails + heads)), unwrap(torch.cat(diagonal + heads + tails))
+            if not is_plain(pattern[0]):  # made under a tracer, or with tensors that are none
+                return pattern
+            self._cached_pattern = pattern
         return self._cached_pattern
 
     def _values(self, *tensors: Tensor) -> Tensor:
