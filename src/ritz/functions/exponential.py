@@ -29,7 +29,7 @@ from .inputs import as_times
 from .multiply import multiply
 from .scalar import Exp, ScalarFunction
 from .shift_invert import SHARE, OfInverse, ShiftInvert, resolvent
-from .space import FIRST, GeneralSpace, Space, check_rule, choose, decompose, error_estimate, first_look
+from .space import GeneralSpace, Space, check_rule, choose, decompose, error_estimate
 
 ExponentialMethod = KrylovMethod | Chebyshev | ShiftInvert
 
@@ -343,7 +343,7 @@ def _walk(
         gradient = replace(gradient, method=deeper)
     found: dict[int, Tensor] = {}
     infos: list[Info] = []
-    here, state, done, first = 0.0, V, 0, FIRST
+    here, state, done, likely = 0.0, V, 0, 0.0
     while done < len(ray.index):
         # A real operator takes a complex state as two real ones.
         two = state.is_complex() and not A.dtype.is_complex
@@ -362,10 +362,10 @@ def _walk(
             refine=leg.refine,
             keep=keep,
             quiet=True,
-            first=first,
+            likely=likely,
         )
         step, rest = leg.end - here, total - leg.end
-        first = first_look(info.depth * min(1.0, rest / step)) if step > 0 else FIRST
+        likely = info.depth * min(1.0, rest / step) if step > 0 else 0.0
         infos.append(info)
         if split:
             m = state.shape[1]

@@ -21,7 +21,6 @@ from .chebyshev import Chebyshev, chebyshev_multiply
 from .closures import bind, no_rule
 from .scalar import ScalarFunction, as_function
 from .space import (
-    FIRST,
     HermitianSpace,
     Space,
     as_hermitian,
@@ -30,7 +29,6 @@ from .space import (
     check_rule,
     choose,
     combine,
-    first_look,
     info_of,
     smallest,
 )
@@ -99,13 +97,13 @@ def multiply(
     refine: Refine | None = None,
     keep: bool = True,
     quiet: bool = False,
-    first: int = FIRST,
+    likely: float = 0.0,
 ) -> tuple[list[Tensor], Info]:
     """f_p(A) V for several functions of one run; ``times`` are the differentiable t_p of f_p = exp(t_p ·).
 
     ``refine`` may choose other functions and times once it has seen the space. ``keep=False`` gives the basis up after
     the forward pass, and builds it again in backward. ``quiet`` leaves the report on the forward pass to the caller.
-    ``first``: steps before the first look at the error.
+    ``likely``: the depth that a space much like this one needed.
     """
     chosen = choose(A, method)
     check_rule(gradient, chosen)
@@ -116,7 +114,7 @@ def multiply(
     if isinstance(gradient, Unrolled):
         return unrolled_multiply(functions, A, V, times, chosen)
     with Run(A, V) as run:
-        space, error, status = build(run.matmat, V.detach(), chosen, functions, first, psd=A.psd)
+        space, error, status = build(run.matmat, V.detach(), chosen, functions, likely, psd=A.psd)
         if refine is not None:
             functions, times, error, status = refine(space, error, status)
         run.inputs = (V,) if times is None else (V, times)
@@ -184,8 +182,8 @@ def _frechet_rule(
             return Cotangents([None], [None, *rest])
         G = torch.cat([g for _, g in parts], dim=1)
         index = torch.arange(m, device=G.device).repeat(len(parts))
-        first = first_look(basis.shape[1])
-        left, error, status = build(run.adjoint(G.shape[1]), G, backward, [f for f, _ in parts], first, psd=run.A.psd)
+        likely = basis.shape[1]
+        left, error, status = build(run.adjoint(G.shape[1]), G, backward, [f for f, _ in parts], likely, psd=run.A.psd)
         info.backward = info_of(backward, left, error, status, run.num_matvecs - before)
         report(info.backward, what="backward of f(A)v", target=backward.tolerance(basis.dtype), on_failure=on_failure)
         lefts, rights = [], []

@@ -210,7 +210,7 @@ def build(
     V: Tensor,
     method: Lanczos | Arnoldi,
     functions: Sequence[ScalarFunction],
-    first: int = FIRST,
+    likely: float = 0.0,
     run: Callable[..., LanczosState | ArnoldiState] | None = None,
     psd: bool | None = None,
 ) -> tuple[Space, Tensor, Status]:
@@ -218,7 +218,7 @@ def build(
 
     Args:
         functions: those whose convergence an adaptive depth waits for.
-        first: steps before the first look at the error.
+        likely: the depth that a space much like this one needed: the first look at the error is a little before it.
         run: the loop, where it is not that of the method.
         psd: whether A is positive semidefinite, so that Ritz values that are negative by rounding are zero.
 
@@ -239,7 +239,7 @@ def build(
     limit = method.max_matvecs
     if method.reorthogonalize or isinstance(method, Arnoldi):
         limit = max(1, min(limit, V.shape[0]))
-    k = min(first, limit)
+    k = min(max(FIRST, round(EARLY * likely)), limit)
     room = limit if limit * V.numel() * V.element_size() <= ROOM else 0
     state = loop(matmat, V, k, room=room, **options)
     before: tuple[int, float] | None = None
@@ -256,23 +256,20 @@ def build(
             done = full or bool((space.state.depth < k).all())
             return space, _tensor(errors, space), Status.EXHAUSTED if done else Status.MAX_STEPS
         onset = max(f.onset(space.low, space.high) for f in functions) if isinstance(space, HermitianSpace) else 0.0
-        k, before = min(limit, k + _more(k, worst, before, rtol, onset)), (k, worst)
+        k, before = min(limit, k + _more(k, worst, before, rtol, onset, round(likely))), (k, worst)
         state = loop(matmat, V, k, state=state, room=room, **options)
 
 
-def first_look(depth: float) -> int:
-    """Steps before the first look at the error of a space, where one much like it needed this depth."""
-    return max(FIRST, round(EARLY * depth))
-
-
-def _more(k: int, error: float, before: tuple[int, float] | None, rtol: float, onset: float) -> int:
+def _more(k: int, error: float, before: tuple[int, float] | None, rtol: float, onset: float, likely: int) -> int:
     """Steps until the next look: what the decay since the last one asks for, at least 2 and at most half of k.
 
-    While nothing has converged, up to ``onset``: of an interval of Ritz values, which only grows.
+    While nothing has converged, up to ``onset``: of an interval of Ritz values, which only grows. It knows nothing of
+    the vector, and a smooth one needs less: so not past the depth that is ``likely``.
     """
     most = max(2, k // 2)
     if error > 0.3 and onset > k:
-        return math.ceil(min(1.25 * onset + 2, 4 * k)) - k
+        target = math.ceil(min(1.25 * onset + 2, 4 * k))
+        return (likely if k < likely < target else target) - k
     if before is None or not error < before[1] < math.inf or error > 0.3:
         return most
     rate = math.log(before[1] / error) / (k - before[0])

@@ -21,7 +21,7 @@ from ..result import Info, OnFailure, report
 from . import frechet
 from .composed import Part
 from .scalar import ScalarFunction
-from .space import GeneralSpace, HermitianSpace, Space, build, check_psd, combine, first_look, info_of, smallest
+from .space import GeneralSpace, HermitianSpace, Space, build, check_psd, combine, info_of, smallest
 
 Table = Sequence[Sequence[ScalarFunction | None]]
 
@@ -135,7 +135,7 @@ def _rule(
         G = torch.stack([g for _, g in live], 2).reshape(-1, m * P)
         functions = list(dict.fromkeys(f for p, _ in live for f in table[p] if f is not None))
         before = run.num_matvecs
-        left, error, status = build(run.adjoint(m * P), G, backward, functions, first_look(k), psd=run.A.psd)
+        left, error, status = build(run.adjoint(m * P), G, backward, functions, k, psd=run.A.psd)
         info.backward = info_of(backward, left, error, status, run.num_matvecs - before)
         report(info.backward, what=f"backward of {what}", target=backward.tolerance(G.dtype), on_failure=on_failure)
         ku = left.basis.shape[1]

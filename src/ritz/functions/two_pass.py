@@ -20,7 +20,7 @@ from ..result import Info, OnFailure, report
 from . import frechet
 from .closures import refuse_closures
 from .scalar import ScalarFunction
-from .space import HermitianSpace, Space, as_hermitian, build, check_psd, first_look, info_of, smallest
+from .space import HermitianSpace, Space, as_hermitian, build, check_psd, info_of, smallest
 from .table import real_parts, select
 
 
@@ -104,8 +104,8 @@ def _rule(
             return Cotangents([None], [None, *rest])
         G = torch.cat([g for _, g in parts], 1)
         adjoint = run.adjoint(G.shape[1])
-        first = first_look(space.basis.shape[1])
-        left, error, status = build(adjoint, G, backward, [f for f, _ in parts], first, run_without_basis, run.A.psd)
+        likely = space.basis.shape[1]
+        left, error, status = build(adjoint, G, backward, [f for f, _ in parts], likely, run_without_basis, run.A.psd)
         index = torch.arange(m, device=V.device)
         wide = torch.complex128 if V.is_complex() else torch.float64
         lefts, rights, bars = [], [], []
