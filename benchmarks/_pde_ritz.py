@@ -115,6 +115,14 @@ def settings(problem: Problem) -> list[Setting]:
     return found
 
 
+def load() -> None:
+    """Load the compiled code, which problems of the size of a warm-up do without."""
+    from ritz.expint import bands_code
+
+    for dtype in ("float32", "float64"):
+        bands_code.product(dtype), bands_code.lanczos(dtype)
+
+
 def make(problem: Problem, setting: Setting, *, count: bool = True) -> tuple[Callable[[], tuple], dict[str, Any]]:
     """call() -> (value, observed u(t), gradient) and {"counted", "forward", "backward"}, by one run.
 

@@ -85,6 +85,7 @@ def worker(task: dict[str, Any]) -> None:
         setting = pde.Setting(**task["memory"])
         small = pde.make_problem(name, 8, 1.0, dtype, library)
         module.make(small, setting)[0]()  # code and pools are not the method's
+        getattr(module, "load", lambda: None)()
         call, _ = module.make(problem, setting)
         print(json.dumps({"peak_bytes": _common.peak_memory(call)}))
         return
