@@ -18,7 +18,7 @@ from torch import Tensor
 from ..numerics import in_transform, unwrap, version
 from ..operators import LinearOperator, Sparse
 from ..operators.base import Gradients
-from ..pairing import product
+from ..product import product
 from .compiled import compiled_form, is_plain
 from .grid import Grid
 
@@ -319,7 +319,7 @@ class StencilOperator(LinearOperator):
 
 
 class _AdjointProduct:
-    """What :func:`ritz.pairing.product` needs of Aᴴ."""
+    """What :func:`ritz.product.product` needs of Aᴴ."""
 
     def __init__(self, operator: StencilOperator) -> None:
         self._operator = operator

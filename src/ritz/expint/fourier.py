@@ -13,7 +13,7 @@ from ..errors import OperandError
 from ..numerics import check_finite, in_transform, refuse_vmap, version
 from ..operators import LinearOperator
 from ..operators.base import Gradients
-from ..pairing import product
+from ..product import product
 from .coefficients import check_grid
 from .grid import Grid
 

@@ -278,8 +278,7 @@ class Joined(Info):
 
     @property
     def backward(self) -> Info | None:  # type: ignore[override]
-        behind = [p.backward for p in self.parts if p.backward is not None]
-        return Joined(behind) if behind else None
+        return Joined(behind) if (behind := [p.backward for p in self.parts if p.backward is not None]) else None
 
     @backward.setter
     def backward(self, _: Info | None) -> None:
@@ -301,7 +300,7 @@ class _Leg:
 
     @cached_property
     def last(self) -> Exp:
-        """The exponential at the last time."""
+        """The exponential at the last time, which the space is grown for and knows."""
         return Exp(self.numbers()[-1])
 
     def numbers(self) -> list[complex | float]:
@@ -316,7 +315,6 @@ class _Leg:
         self.reached = last if step == rest else sum(r <= self.here + step for r in self.ray.moduli)
         self.end = total if step == rest else self.here + step
         inside = range(self.done, self.reached)
-        # The last one is what the space was grown for, and knows already.
         functions = [self.last if s == self.last.scale else Exp(s) for s in self.numbers()[: len(inside)]]
         with torch.set_grad_enabled(self.recording):  # the numerics around this run without a graph
             times = [self.grid[self.ray.index[p]] - d * self.here for p in inside]

@@ -76,7 +76,7 @@ class EvaluatedOperator(LinearOperator):
         return not in_transform()
 
     def _matmat(self, X: Tensor) -> Tensor:
-        from ..pairing import product
+        from ..product import product
 
         return product(self, X)
 

@@ -49,7 +49,7 @@ class FactoredOperator(LinearOperator):
         self.X, self.Z = first.X, first.Z
 
     def _matmat(self, X: Tensor) -> Tensor:
-        from ..pairing import product
+        from ..product import product
 
         return product(self, X)
 

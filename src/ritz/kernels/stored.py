@@ -77,7 +77,7 @@ class StoredOperator(LinearOperator):
         return kept.matrix
 
     def _matmat(self, X: Tensor) -> Tensor:
-        from ..pairing import product
+        from ..product import product
 
         return product(self, X)
 

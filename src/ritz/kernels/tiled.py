@@ -63,7 +63,7 @@ class StationaryOperator(LinearOperator):
     # -- products -------------------------------------------------------------------------------------------------
 
     def _matmat(self, X: Tensor) -> Tensor:
-        from ..pairing import product
+        from ..product import product
 
         return product(self, X)
 

@@ -142,7 +142,7 @@ class Sparse(LinearOperator):
     # -- products -------------------------------------------------------------------------------------------------
 
     def _matmat(self, X: Tensor) -> Tensor:
-        from ..pairing import product
+        from ..product import product
 
         self.check_detected()
         if in_transform():

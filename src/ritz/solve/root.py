@@ -16,7 +16,7 @@ from ..errors import DomainError
 from ..numerics import full_precision, has_tangent, in_transform, unwrap
 from ..operators import LinearOperator
 from ..operators.base import Gradients
-from ..pairing import product
+from ..product import product
 
 Shift = float | Tensor
 
