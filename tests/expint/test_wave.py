@@ -75,6 +75,19 @@ def test_long_times_go_in_pieces(t: float) -> None:
         wave_multiply(A, u, v, time, method=ritz.Lanczos(max_matvecs=1), on_failure="raise")
 
 
+def test_large_operators_take_the_plain_recurrence() -> None:
+    grid = Grid((33, 33), border="neumann")
+    c = (1 + 0.3 * torch.rand(33, 33, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    u, v = torch.randn(2, 33 * 33, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = []
+    for method in (ritz.Auto(), ritz.Lanczos()):
+        pair, info = wave_multiply(WaveOperator(c, grid), u, v, 0.5, method=method, return_info=True)
+        assert info.method.reorthogonalize is (method != ritz.Auto())
+        found.append((*pair, *torch.autograd.grad(pair[0].square().sum() + pair[1] @ u, c)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8 * float(b.detach().norm()))
+
+
 def test_first_order_system() -> None:
     M, S, u, v = problem()
     K = (-S + 0.1 * torch.triu(torch.ones_like(S))).detach().requires_grad_()

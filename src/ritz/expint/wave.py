@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OperandError
-from ..functions.exponential import BACKWARD, Joined
+from ..functions.exponential import BACKWARD, LARGE, Joined
 from ..functions.inputs import one_time
 from ..functions.space import as_hermitian, choose
 from ..functions.table import table_multiply
@@ -42,8 +42,9 @@ def wave_multiply(
         A: Hermitian positive semidefinite operator (n, n), such as ``WaveOperator`` or a negative Laplacian.
         u0, v0: displacement and velocity, (n,) or (n, m); v0 None is zero, and costs nothing then.
         t: real number or tensor of no dimension, of either sign.
-        method: ``Lanczos(...)`` or ``Auto()``, which is ``Lanczos()`` with adaptive depth. Where that ends at
-            ``max_matvecs``, the time is halved until a space serves, and every piece goes on from the state before.
+        method: ``Lanczos(...)`` or ``Auto()``, which is ``Lanczos()`` with adaptive depth, from n = 1000 on the plain
+            three-term recurrence. Where that ends at ``max_matvecs``, the time is halved until a space serves, and
+            every piece goes on from the state before.
         gradient: ``Frechet()``; the other rules are not there for this function.
 
     Returns:
@@ -66,7 +67,7 @@ def wave_multiply(
         )
     if not isinstance(gradient, Frechet):
         raise OperandError(f"wave_multiply has gradient=Frechet() only; got {gradient!r}")
-    chosen = choose(A, Lanczos() if isinstance(method, Auto) else method)
+    chosen = choose(A, Lanczos(reorthogonalize=A.shape[0] < LARGE) if isinstance(method, Auto) else method)
     if not isinstance(chosen, Lanczos):
         raise OperandError(f"method={method!r}; wave_multiply takes Lanczos(...) or Auto()")
     A = as_hermitian(A, chosen)
