@@ -87,6 +87,7 @@ bench-pde: $(BENCH_STAMP)  ## value and gradient through PDEs against ODE solver
 	$(BENCH)/bin/python benchmarks/pde.py
 	$(BENCH)/bin/python benchmarks/pde_gradients.py
 	$(BENCH)/bin/python benchmarks/pde_train.py
+	$(BENCH)/bin/python benchmarks/stencils.py
 
 clean:  ## remove environments, caches and built files
 	rm -rf $(VENV) $(BENCH) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from .errors import ConvergenceError, ConvergenceWarning, OperandError
@@ -66,6 +67,33 @@ class Info:
     status: Status = Status.FIXED
     backward: Info | None = None
     details: dict[str, object] = field(default_factory=dict)
+
+
+class Joined(Info):
+    """The report of several substeps; its ``backward`` is the sum of theirs, once they have run."""
+
+    def __init__(self, parts: list[Info]) -> None:
+        self.parts = parts
+        each = [p.residual for p in parts if p.residual is not None]
+        m = min((r.numel() for r in each), default=0)
+        residual = torch.stack([r.reshape(-1, m).amax(0) for r in each]).sum(0) if m else parts[0].residual
+        super().__init__(
+            parts[0].method,
+            sum(p.num_matvecs for p in parts),
+            max(p.depth for p in parts),
+            residual,
+            status=next((p.status for p in parts if not p.status.success), parts[-1].status),
+            details={"substeps": len(parts)},
+        )
+
+    @property
+    def backward(self) -> Info | None:  # type: ignore[override]
+        behind = [p.backward for p in self.parts if p.backward is not None]
+        return Joined(behind) if behind else None
+
+    @backward.setter
+    def backward(self, _: Info | None) -> None:
+        """Set by the base class to None; what the substeps say counts."""
 
 
 def report(info: Info, *, what: str, target: float, on_failure: OnFailure) -> None:

@@ -154,8 +154,8 @@ class _Kernel:
 
     def lanczos_loop(self) -> Any:
         """See :meth:`ritz.operators.LinearOperator.lanczos_loop`."""
-        known = self._compiled is not None and self._compiled.serves(self.diagonal)
-        return self._compiled.lanczos if known and self._compiled is not None else None
+        compiled = self._compiled
+        return compiled.lanczos if compiled is not None and compiled.serves(self.diagonal) else None
 
 
 class StencilOperator(LinearOperator):

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..krylov.one import Steps
 from ..krylov.progress import not_finite
 
-# Real numbers in a vector below which no compiler is loaded: at this length a step of Lanczos saves some 50 µs, and
-# numba takes about half a second to import.
+# Real numbers in a vector below which no compiler is loaded: what a step saves is too little for the half second that
+# numba takes to import.
 SMALL = 2**13
 # Real numbers in a block above which torch operations by several threads are ahead of one compiled one.
 LARGE = 2**18

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OperandError
-from ..functions.exponential import BACKWARD, LARGE, Joined
+from ..functions.exponential import BACKWARD, LARGE
 from ..functions.inputs import one_time
 from ..functions.space import as_hermitian, choose
 from ..functions.table import table_multiply
@@ -17,7 +17,7 @@ from ..functions.timed import Wave
 from ..methods import Auto, Frechet, KrylovMethod, Lanczos
 from ..numerics import as_block
 from ..operators import LinearOperator, aslinearoperator
-from ..result import Info, OnFailure, Status, report
+from ..result import Info, Joined, OnFailure, Status, report
 
 MOST = 2**14  # pieces of the time, before it is given up that a space might serve for one
 

@@ -23,7 +23,7 @@ from ..numerics import as_block, unwrap
 from ..operators.assemble import assemble
 from ..operators.base import LinearOperator
 from ..operators.convert import aslinearoperator
-from ..result import Info, OnFailure, Status, report
+from ..result import Info, Joined, OnFailure, Status, report
 from .chebyshev import Chebyshev, chebyshev_multiply
 from .inputs import as_times
 from .multiply import multiply
@@ -257,32 +257,6 @@ def _rays(numbers: Sequence[complex | float]) -> list[_Ray]:
         s = numbers[pairs[-1][1]]
         rays.append(_Ray(s / abs(s), [i for _, i in pairs], [r for r, _ in pairs]))
     return rays
-
-
-class Joined(Info):
-    """The report of several substeps; its ``backward`` is the sum of theirs, once they have run."""
-
-    def __init__(self, parts: list[Info]) -> None:
-        self.parts = parts
-        each = [p.residual for p in parts if p.residual is not None]
-        m = min((r.numel() for r in each), default=0)
-        residual = torch.stack([r.reshape(-1, m).amax(0) for r in each]).sum(0) if m else parts[0].residual
-        super().__init__(
-            parts[0].method,
-            sum(p.num_matvecs for p in parts),
-            max(p.depth for p in parts),
-            residual,
-            status=next((p.status for p in parts if not p.status.success), parts[-1].status),
-            details={"substeps": len(parts)},
-        )
-
-    @property
-    def backward(self) -> Info | None:  # type: ignore[override]
-        return Joined(behind) if (behind := [p.backward for p in self.parts if p.backward is not None]) else None
-
-    @backward.setter
-    def backward(self, _: Info | None) -> None:
-        """Set by the base class to None; what the substeps say counts."""
 
 
 @dataclass
