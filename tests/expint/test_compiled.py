@@ -91,7 +91,7 @@ def test_growing_spaces_and_an_end() -> None:
     u = torch.randn(72, dtype=D, generator=torch.Generator().manual_seed(2))
     few = U[:, :3].sum(1)
     method = ritz.Lanczos(rtol=1e-12, reorthogonalize=False)
-    for start, most in ((u, 300), (few, 6), (0 * u, 0)):
+    for start, most in ((u, 300), (few, 10), (0 * u, 0)):  # three eigenvectors, and what rounding adds
         (found, _), info = wave_multiply(S, start, None, 9.0, method=method, return_info=True)
         exact = U @ (torch.cos(9.0 * w.clamp(min=0).sqrt()) * (U.mT @ start))
         torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10)
